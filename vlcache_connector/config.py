@@ -1,0 +1,116 @@
+"""Configuration of VLCache, read from `kv_connector_extra_config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
+
+SelectorName = Literal["first_k", "none", "full"]
+
+
+def _byte_size(value: Any) -> Any:
+    return TypeAdapter(ByteSize).validate_python(value) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(_byte_size)]
+"""A number of bytes: an integer, or a string with a unit."""
+
+
+class ConfigError(ValueError):
+    """A configuration key that VLCache can't accept; the message names key, value and remedy."""
+
+
+class VLCacheConfig(BaseModel):
+    """Options of `VLCacheConnector`; unknown keys are refused.
+
+    Byte sizes take integers or strings such as `"4GiB"`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    enabled: bool = True
+    """Reuse and store segments. With `false` vLLM runs as without the connector."""
+
+    selector: SelectorName = "first_k"
+    """Rule that picks the tokens of a reused segment to recompute."""
+
+    recompute_ratio: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of a reused segment's tokens that is recomputed; 1.0 recomputes all of them."""
+
+    min_recompute_tokens: int = Field(default=8, ge=0)
+    """Least number of tokens recomputed per segment when the ratio is above zero."""
+
+    min_segment_tokens: int = Field(default=16, ge=1)
+    """Images and videos with fewer tokens are neither stored nor reused."""
+
+    cpu_bytes: Bytes = Field(default=4 << 30, gt=0)
+    """Host memory for KV segments of one engine, shared out over its tensor-parallel ranks."""
+
+    encoder_cpu_bytes: Bytes = Field(default=1 << 30, gt=0)
+    """Host memory for vision encoder outputs, per tensor-parallel rank."""
+
+    share_approximate_prefix: bool = False
+    """Let vLLM's exact prefix cache keep blocks that contain reused KV."""
+
+    @classmethod
+    def from_extra_config(cls, extra: Mapping[str, Any]) -> VLCacheConfig:
+        """Validate `extra`.
+
+        Raises:
+            ConfigError: one line per bad key, with its value and what is allowed.
+        """
+        try:
+            return cls.model_validate(dict(extra))
+        except ValidationError as error:
+            raise ConfigError(_explain(error, "kv_connector_extra_config", cls)) from None
+
+
+class RequestOptions(BaseModel):
+    """Per-request switches: `kv_transfer_params: {"vlcache": {...}}`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    enabled: bool = True
+    recompute_ratio: float | None = Field(default=None, ge=0.0, le=1.0)
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any] | None) -> RequestOptions:
+        """Read the `vlcache` entry of a request's `kv_transfer_params`.
+
+        Raises:
+            ConfigError: the entry is not valid.
+        """
+        entry = (params or {}).get("vlcache")
+        if entry is None:
+            return cls()
+        if not isinstance(entry, Mapping):
+            raise ConfigError(
+                f"kv_transfer_params.vlcache={entry!r}: a JSON object is needed, "
+                f"with the keys {', '.join(cls.model_fields)}"
+            )
+        try:
+            return cls.model_validate(dict(entry))
+        except ValidationError as error:
+            raise ConfigError(_explain(error, "kv_transfer_params.vlcache", cls)) from None
+
+
+def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            allowed = ", ".join(model.model_fields)
+            lines.append(f"{where}: unknown key {key}={item['input']!r}; allowed keys: {allowed}")
+        else:
+            lines.append(f"{where}: {key}={item['input']!r} is refused: {item['msg']}")
+    return "\n".join(lines)

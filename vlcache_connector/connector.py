@@ -1,0 +1,237 @@
+"""`VLCacheConnector`: the KV half, a thin face over the scheduler side and the worker side.
+
+vLLM seams: `KVConnectorBase_V1`, `SupportsHMA`
+(`vllm/distributed/kv_transfer/kv_connector/v1/base.py`), `ECTransferConfig`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import ECTransferConfig
+from vllm.distributed.ec_transfer import ensure_ec_transfer_initialized
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from .protocol import StepPlan, StepReport
+from .scheduler import indices
+from .scheduler.scheduler import SchedulerSide
+from .support import check_supported, config_of, inert_reason, kv_shape, model_fingerprint
+from .worker.model import SparsePrefillModel, loaded_model
+from .worker.stores import close_store, get_store
+from .worker.worker import WorkerSide
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger(__name__)
+
+
+class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
+    """Position-independent reuse of image KV.
+
+    Turned on by `--kv-transfer-config '{"kv_connector": "VLCacheConnector", "kv_role": "kv_both",
+    "kv_connector_extra_config": {...}}'`; the options are those of `VLCacheConfig`.
+
+    Raises:
+        ConfigError: an option is not valid, or vLLM runs with one that can't be served together.
+    """
+
+    _cache_hit_source = CacheHitSource.HOST
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._config = config_of(vllm_config)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._inert = inert_reason(vllm_config)
+        if self._inert is not None:
+            logger.warning("VLCache is off, vLLM runs as without it: %s", self._inert)
+            return
+        check_supported(vllm_config, kv_cache_config)
+        if vllm_config.ec_transfer_config is None:
+            # One flag turns on both halves: vLLM makes the encoder half right after this one.
+            vllm_config.ec_transfer_config = ECTransferConfig(
+                ec_connector="VLCacheEncoderConnector",
+                ec_connector_module_path="vlcache_connector.encoder_connector",
+                ec_role="ec_both",
+                engine_id=self._kv_transfer_config.engine_id,
+            )
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = self._make_scheduler_side()
+        else:
+            ensure_ec_transfer_initialized(vllm_config)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: what is not stored is a miss later, never an error."""
+        return False
+
+    def _make_scheduler_side(self) -> SchedulerSide:
+        vllm_config = self._vllm_config
+        segments, encoder_rows = indices.get_indices(vllm_config)
+        return SchedulerSide(
+            self._config,
+            kv_shape(vllm_config),
+            fingerprint=model_fingerprint(vllm_config),
+            max_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            encoder_row_bytes=indices.encoder_row_bytes(vllm_config),
+            segments=segments,
+            encoder_rows=encoder_rows,
+            can_store=self._kv_transfer_config.is_kv_producer,
+            can_reuse=self._kv_transfer_config.is_kv_consumer,
+        )
+
+    # -- worker side ------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """The model and its KV cache are ready."""
+        if self._inert is not None:
+            return
+        device = next(iter(kv_caches.values())).device
+        model = SparsePrefillModel(
+            loaded_model(self._vllm_config),
+            self._vllm_config,
+            self._kv_cache_config.kv_cache_groups[0].layer_names,
+            device,
+        )
+        self._worker = WorkerSide(
+            model,
+            kv_shape(self._vllm_config),
+            get_store(self._vllm_config),
+            vllm_config=self._vllm_config,
+            kv_cache_config=self._kv_cache_config,
+            device=device,
+        )
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins. Without loads this is the last call before vLLM's own forward."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            assert isinstance(connector_metadata, StepPlan)
+            self._worker.begin_step(connector_metadata)
+            if not connector_metadata.reuse:
+                self._worker.expect_captures(connector_metadata.captures)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Run the step's sparse prefill; vLLM's own forward comes next."""
+        if self._worker is None:
+            return
+        plan = self._get_connector_metadata()
+        assert isinstance(plan, StepPlan)
+        if plan.reuse:
+            self._worker.load(plan.reuse)
+            self._worker.expect_captures(plan.captures)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Write a layer's reused KV, inside the sparse prefill."""
+        if self._worker is not None:
+            self._worker.wait_for_layer_load(layer_name)
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        """Nothing: segments are captured where KV is written."""
+
+    def wait_for_save(self) -> None:
+        """The step's forwards are over: store complete segments."""
+        if self._worker is not None:
+            self._worker.end_step()
+
+    def build_connector_worker_meta(self) -> StepReport | None:
+        """What this rank stored, lost and measured."""
+        return None if self._worker is None else self._worker.take_report()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks of claims that could be neither loaded nor computed."""
+        return set() if self._worker is None else self._worker.take_invalid_blocks()
+
+    def shutdown(self) -> None:
+        """Give back memory and threads."""
+        if self._scheduler is not None:
+            indices.drop_indices(self._vllm_config)
+        if self._worker is not None:
+            self._worker.close()
+            close_store(self._vllm_config)
+
+    # -- scheduler side ---------------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """The manager that knows the blocks of requests."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        if self._scheduler is not None:
+            self._scheduler.bind_kv_cache_manager(kv_cache_manager)
+
+    def on_new_request(self, request: Request) -> None:
+        """A request arrives."""
+        if self._scheduler is not None:
+            self._scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """How many tokens the sparse prefill fills; None: ask again in the next step."""
+        if self._scheduler is None:
+            return 0, False
+        return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """vLLM has taken the claim."""
+        if self._scheduler is not None:
+            self._scheduler.update_state_after_alloc(
+                request, tuple(blocks.get_block_ids()[0]), num_external_tokens
+            )
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepPlan:
+        """The step's plan for the workers."""
+        if self._scheduler is None:
+            return StepPlan()
+        return self._scheduler.build_step_plan(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Reports of the workers."""
+        report = connector_output.kv_connector_worker_meta
+        if self._scheduler is not None and isinstance(report, StepReport):
+            self._scheduler.update_from_report(report)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """A request ends; its figures go to the client."""
+        if self._scheduler is None:
+            return False, None
+        return False, self._scheduler.request_finished(request)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """As `request_finished`; there is one KV cache group."""
+        return self.request_finished(request, block_ids[0])
+
+    def reset_cache(self) -> bool | None:
+        """Drop all stored segments."""
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True

@@ -1,0 +1,45 @@
+"""Content keys: under which name a segment is stored, and who may find it again.
+
+A KV segment depends on the image, the weights and how they are run, and, through the donor's
+context, on the tenant. A key therefore is a digest over all of them: equal content in different
+models, dtypes, rotary settings, tensor-parallel layouts or salts never meets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+FORMAT_VERSION = 1
+"""Version of what is stored under a key; a change makes every older entry a clean miss."""
+
+
+def digest(parts: Mapping[str, Any]) -> str:
+    """Hex SHA-256 over a JSON form of `parts` with sorted keys."""
+    text = json.dumps(parts, sort_keys=True, default=str, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def segment_key(
+    identifier: str, *, fingerprint: str, salt: str | None, tp_rank: int | None = None
+) -> str:
+    """Key of an item's KV segment.
+
+    Args:
+        identifier: vLLM's content hash of the item (`MultiModalFeatureSpec.identifier`).
+        fingerprint: digest of the model as it is run (`vllm_seams.model_fingerprint`).
+        salt: the request's `cache_salt`; None is a namespace of its own.
+        tp_rank: None gives the key that both sides name a segment by; a worker adds its rank
+            when it talks to a store that ranks share.
+    """
+    parts = {"v": FORMAT_VERSION, "id": identifier, "model": fingerprint, "salt": salt}
+    if tp_rank is not None:
+        parts["rank"] = tp_rank
+    return digest(parts)
+
+
+def encoder_key(identifier: str, *, fingerprint: str) -> str:
+    """Key of an item's encoder rows, which depend on the item and the weights only."""
+    return digest({"v": FORMAT_VERSION, "encoder": identifier, "model": fingerprint})

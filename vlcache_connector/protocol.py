@@ -1,0 +1,251 @@
+"""What crosses between the scheduler side and the worker side.
+
+The two sides live in different processes and know each other only through these types:
+`StepPlan` travels with every scheduler step to all workers, `StepReport` comes back from each
+worker and is merged over the tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vllm.distributed.ec_transfer.ec_connector.base import (
+    ECConnectorMetadata,
+    ECConnectorWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Half-open range of token indices of one request."""
+
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __bool__(self) -> bool:
+        return self.end > self.start
+
+    def clip(self, start: int, end: int) -> Span:
+        """Part inside [start, end); empty spans have `end == start`."""
+        low = min(max(self.start, start), end)
+        return Span(low, max(low, min(self.end, end)))
+
+
+def uncovered(whole: Span, covered: Sequence[Span]) -> list[Span]:
+    """Maximal stretches of `whole` outside `covered` (sorted, disjoint, inside `whole`)."""
+    gaps, position = [], whole.start
+    for span in covered:
+        if span.start > position:
+            gaps.append(Span(position, span.start))
+        position = span.end
+    if position < whole.end:
+        gaps.append(Span(position, whole.end))
+    return gaps
+
+
+@dataclass(frozen=True)
+class Item:
+    """One multimodal item (image or video) of a prompt."""
+
+    index: int
+    """Index in the request's `mm_features`."""
+    span: Span
+    """Its placeholder tokens."""
+    key: str
+    """Content key of its KV segment (`keys.segment_key`)."""
+    encoder_key: str
+    """Content key of its encoder rows (`keys.encoder_key`)."""
+    is_embed: tuple[bool, ...] | None = None
+    """Which placeholder tokens take encoder rows; None: all of them."""
+
+    @property
+    def num_embeds(self) -> int:
+        """Encoder rows of the item."""
+        return len(self.span) if self.is_embed is None else sum(self.is_embed)
+
+
+@dataclass(frozen=True)
+class RequestContext:
+    """What a worker needs to know once about a request with multimodal items."""
+
+    req_id: str
+    prompt_token_ids: list[int]
+    items: tuple[Item, ...]
+    position_features: list[Any]
+    """vLLM's `MultiModalFeatureSpec`s without their pixels: enough to compute M-RoPE positions."""
+
+
+@dataclass(frozen=True)
+class ReusedSpan:
+    """Stretch of an item's tokens whose KV comes from a stored segment."""
+
+    item: int
+    span: Span
+
+
+@dataclass(frozen=True)
+class ReusePlan:
+    """What the sparse prefill has to do for one request: fill the KV of `claim`."""
+
+    req_id: str
+    claim: Span
+    """Tokens that vLLM takes as externally computed."""
+    runs: tuple[Span, ...]
+    """Maximal stretches of tokens to compute, in order; the rest of `claim` is reused."""
+    reused: tuple[ReusedSpan, ...]
+    recomputed: int
+    """Tokens of reused segments that are computed anew (part of `runs`)."""
+    captures: tuple[int, ...] = ()
+    """Items that are computed completely inside `runs` and are to be stored."""
+    block_ids: tuple[int, ...] = ()
+    """The request's KV blocks, from its first token on, covering `claim`."""
+    encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
+    """Item -> (modality, processed inputs) for items in `runs` whose encoder rows are not stored."""
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens in the sparse pass."""
+        return sum(len(run) for run in self.runs)
+
+    @property
+    def num_reused(self) -> int:
+        """Tokens whose KV is taken from a store."""
+        return sum(len(part.span) for part in self.reused)
+
+    def without(self, item: int) -> ReusePlan:
+        """The same plan with all of `item`'s tokens computed instead of reused."""
+        kept = tuple(part for part in self.reused if part.item != item)
+        return replace(
+            self,
+            reused=kept,
+            runs=tuple(uncovered(self.claim, [part.span for part in kept])),
+            recomputed=self.recomputed + self.num_reused - sum(len(part.span) for part in kept),
+        )
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """Tokens of an item whose KV vLLM's own forward writes in this step."""
+
+    req_id: str
+    item: int
+    span: Span
+    block_ids: tuple[int, ...]
+    """The request's KV blocks, from its first token on, covering `span`."""
+
+
+@dataclass
+class StepPlan(KVConnectorMetadata):
+    """Scheduler side -> worker side, for one step."""
+
+    contexts: list[RequestContext] = field(default_factory=list)
+    reuse: list[ReusePlan] = field(default_factory=list)
+    captures: list[CapturePlan] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    """Requests whose unfinished captures are given up (preempted)."""
+    finished: list[str] = field(default_factory=list)
+    dropped_segments: list[str] = field(default_factory=list)
+    """Content keys of evicted KV segments."""
+    dropped_encoder: list[str] = field(default_factory=list)
+    """Content keys of evicted encoder rows."""
+
+
+@dataclass
+class PrefillFigures:
+    """What the sparse prefill of one request did and took."""
+
+    reused_tokens: int = 0
+    recomputed_tokens: int = 0
+    computed_tokens: int = 0
+    load_seconds: float = 0.0
+    """Fetching segments and writing their rotated KV into the paged cache."""
+    sparse_prefill_seconds: float = 0.0
+    """The passes that computed the request's runs (shared with other requests of the step)."""
+    fallback: str | None = None
+    """Why less was reused than planned, if so."""
+
+    def merge(self, other: PrefillFigures) -> PrefillFigures:
+        """Figures of two ranks: the slower one counts."""
+        return PrefillFigures(
+            reused_tokens=min(self.reused_tokens, other.reused_tokens),
+            recomputed_tokens=max(self.recomputed_tokens, other.recomputed_tokens),
+            computed_tokens=max(self.computed_tokens, other.computed_tokens),
+            load_seconds=max(self.load_seconds, other.load_seconds),
+            sparse_prefill_seconds=max(self.sparse_prefill_seconds, other.sparse_prefill_seconds),
+            fallback=self.fallback or other.fallback,
+        )
+
+
+@dataclass
+class StepReport(KVConnectorWorkerMetadata):
+    """Worker side -> scheduler side, for one step."""
+
+    stored: dict[str, int] = field(default_factory=dict)
+    """Content key of a KV segment -> number of ranks that stored it."""
+    lost: set[str] = field(default_factory=set)
+    """KV segments that could not be stored, or were missing or refused at load, on some rank."""
+    encoder_stored: dict[str, int] = field(default_factory=dict)
+    encoder_lost: set[str] = field(default_factory=set)
+    figures: dict[str, PrefillFigures] = field(default_factory=dict)
+    """Request -> what its sparse prefill did."""
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell."""
+        return not (
+            self.stored or self.lost or self.encoder_stored or self.encoder_lost or self.figures
+        )
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
+        """Merge the report of another rank."""
+        assert isinstance(other, StepReport)
+        figures = dict(self.figures)
+        for req_id, figure in other.figures.items():
+            figures[req_id] = figures[req_id].merge(figure) if req_id in figures else figure
+        return StepReport(
+            stored=_add_counts(self.stored, other.stored),
+            lost=self.lost | other.lost,
+            encoder_stored=_add_counts(self.encoder_stored, other.encoder_stored),
+            encoder_lost=self.encoder_lost | other.encoder_lost,
+            figures=figures,
+        )
+
+
+@dataclass
+class EncoderStepPlan(ECConnectorMetadata):
+    """Encoder half, scheduler side -> worker side."""
+
+    loads: dict[str, str] = field(default_factory=dict)
+    """vLLM's item identifier -> content key of the encoder rows to load."""
+    saves: dict[str, str] = field(default_factory=dict)
+    """vLLM's item identifier -> content key to store its new encoder output under."""
+    dropped: list[str] = field(default_factory=list)
+    """Content keys of evicted encoder rows."""
+
+
+@dataclass
+class EncoderStepReport(ECConnectorWorkerMetadata):
+    """Encoder half, worker side -> scheduler side. vLLM passes on the first rank's report only."""
+
+    stored: set[str] = field(default_factory=set)
+    """Content keys of encoder rows that all ranks stored."""
+    lost: set[str] = field(default_factory=set)
+    """Content keys that some rank could not store."""
+
+    def aggregate(self, other: ECConnectorWorkerMetadata) -> EncoderStepReport:
+        """Merge the report of another rank."""
+        assert isinstance(other, EncoderStepReport)
+        lost = self.lost | other.lost
+        return EncoderStepReport(stored=(self.stored | other.stored) - lost, lost=lost)
+
+
+def _add_counts(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+    return {key: a.get(key, 0) + b.get(key, 0) for key in a.keys() | b.keys()}

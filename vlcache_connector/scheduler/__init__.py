@@ -1,0 +1,1 @@
+"""The scheduler side: plans what is reused, recomputed, stored and evicted."""

@@ -1,0 +1,125 @@
+"""What is stored, and what has to go: the scheduler side's view of the workers' stores.
+
+The scheduler side decides what is evicted and the workers only carry it out, in step order. What
+was promised to a request in this step or the one before is never evicted, so that a load can't
+fail for lack of the segment.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+
+@dataclass
+class _Entry:
+    num_bytes: int
+    ranks_missing: int
+    """Ranks that have not reported it stored; 0: ready."""
+
+
+class ResidencyIndex:
+    """An LRU over content keys with a byte budget; entries are first reserved, then ready.
+
+    Args:
+        budget_bytes: bytes per rank.
+        num_ranks: tensor-parallel ranks that must store a key before it is ready.
+    """
+
+    def __init__(self, budget_bytes: int, num_ranks: int) -> None:
+        self._budget = budget_bytes
+        self._num_ranks = num_ranks
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._used = 0
+        self._evicted: list[str] = []
+        self._promised: set[str] = set()
+        self._promised_before: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        """Whether `key` is reserved or ready."""
+        return key in self._entries
+
+    def is_ready(self, key: str) -> bool:
+        """Whether all ranks hold `key`."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.ranks_missing == 0
+
+    def promise(self, key: str) -> None:
+        """A request of this step loads `key`: keep it, and count it as just used."""
+        self._entries.move_to_end(key)
+        self._promised.add(key)
+
+    def settle(self) -> None:
+        """A step is planned; promises older than one step are kept by now."""
+        self._promised_before, self._promised = self._promised, set()
+
+    def reserve(self, key: str, num_bytes: int) -> bool:
+        """Make room for `key`, evicting what was not used for longest.
+
+        Returns:
+            False, with nothing changed, when `key` is known already or doesn't fit.
+        """
+        if key in self._entries:
+            return False
+        free = self._budget - self._used
+        promised = self._promised | self._promised_before
+        victims = []
+        for victim, entry in self._entries.items():
+            if free >= num_bytes:
+                break
+            # Reserved entries are being written: they can't be evicted, only given up.
+            if entry.ranks_missing or victim in promised:
+                continue
+            victims.append(victim)
+            free += entry.num_bytes
+        if free < num_bytes:
+            return False
+        for victim in victims:
+            self.discard(victim)
+            self._evicted.append(victim)
+        self._entries[key] = _Entry(num_bytes, self._num_ranks)
+        self._used += num_bytes
+        return True
+
+    def stored(self, key: str, ranks: int) -> None:
+        """Some ranks report that they hold `key`; if nobody reserved it, they are to drop it."""
+        entry = self._entries.get(key)
+        if entry is None:
+            self._evicted.append(key)
+            return
+        entry.ranks_missing = max(0, entry.ranks_missing - ranks)
+
+    def lost(self, key: str) -> None:
+        """A rank could not store or load `key`; the others are told to drop it."""
+        if key in self._entries:
+            self.discard(key)
+            self._evicted.append(key)
+
+    def discard(self, key: str) -> None:
+        """Forget `key` (nothing was stored under it)."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._used -= entry.num_bytes
+
+    def take_evicted(self) -> list[str]:
+        """Keys to be dropped by the workers, since the last call."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
+    def clear(self) -> None:
+        """Evict everything that is ready."""
+        for key in [k for k, entry in self._entries.items() if entry.ranks_missing == 0]:
+            self.lost(key)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes per rank, reserved ones included."""
+        return self._used
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when the accounts don't add up."""
+        assert self._used == sum(entry.num_bytes for entry in self._entries.values())
+        assert 0 <= self._used <= self._budget

@@ -1,0 +1,125 @@
+"""The scheduler side's record of a live request with multimodal items."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
+
+from ..config import ConfigError, RequestOptions
+from ..keys import encoder_key, segment_key
+from ..protocol import Item, PrefillFigures, RequestContext, ReusePlan, Span
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+logger = init_logger(__name__)
+
+_POSITION_FIELD_ENTRIES = 4096
+"""Processor outputs up to this many entries (grids, timestamps) travel with a context; pixels
+do not."""
+
+
+@dataclass
+class TrackedRequest:
+    """State of one request between its arrival and its end."""
+
+    request: Request
+    items: tuple[Item, ...]
+    options: RequestOptions
+    pending: ReusePlan | None = None
+    """Planned in `get_num_new_matched_tokens`, not yet allocated."""
+    capturing: dict[int, int] = field(default_factory=dict)
+    """Item under capture -> next token expected."""
+    context_sent: bool = False
+    tier: str | None = None
+    figures: PrefillFigures | None = None
+
+    @classmethod
+    def of(cls, request: Request, fingerprint: str) -> TrackedRequest | None:
+        """Track `request`; None when it has nothing that could be reused or stored."""
+        if not request.mm_features or request.prompt_token_ids is None:
+            return None
+        if request.lora_request is not None or request.prompt_embeds is not None:
+            return None
+        items = tuple(
+            _item(index, feature, fingerprint, request.cache_salt)
+            for index, feature in enumerate(request.mm_features)
+        )
+        ordered = sorted(items, key=lambda item: item.span.start)
+        previous_end = 0
+        for item in ordered:
+            if item.span.start < previous_end or item.span.end > len(request.prompt_token_ids):
+                logger.warning(
+                    "VLCache: request %s has overlapping or overlong image placeholders; "
+                    "it is left to plain vLLM",
+                    request.request_id,
+                )
+                return None
+            previous_end = item.span.end
+        try:
+            options = RequestOptions.from_params(request.kv_transfer_params)
+        except ConfigError as error:
+            logger.warning("VLCache: request %s: %s; ignored", request.request_id, error)
+            options = RequestOptions()
+        return cls(request=request, items=tuple(ordered), options=options)
+
+    def item(self, index: int) -> Item:
+        """The item at `index` of the request's `mm_features`."""
+        return next(item for item in self.items if item.index == index)
+
+    def context(self) -> RequestContext:
+        """What workers need to know once."""
+        assert self.request.prompt_token_ids is not None
+        return RequestContext(
+            req_id=self.request.request_id,
+            prompt_token_ids=list(self.request.prompt_token_ids),
+            items=self.items,
+            position_features=[_without_pixels(f) for f in self.request.mm_features],
+        )
+
+    def report(self) -> dict[str, Any]:
+        """Figures for the client (`kv_transfer_params.vlcache` of the response)."""
+        figures = self.figures or PrefillFigures()
+        return {
+            "reused_tokens": figures.reused_tokens,
+            "recomputed_tokens": figures.recomputed_tokens,
+            "computed_tokens": figures.computed_tokens,
+            "tier": self.tier,
+            "load_seconds": round(figures.load_seconds, 6),
+            "sparse_prefill_seconds": round(figures.sparse_prefill_seconds, 6),
+            "fallback": figures.fallback,
+        }
+
+
+def _item(index: int, feature: MultiModalFeatureSpec, fingerprint: str, salt: str | None) -> Item:
+    position = feature.mm_position
+    return Item(
+        index=index,
+        span=Span(position.offset, position.offset + position.length),
+        key=segment_key(feature.identifier, fingerprint=fingerprint, salt=salt),
+        encoder_key=encoder_key(feature.identifier, fingerprint=fingerprint),
+        is_embed=None if position.is_embed is None else tuple(position.is_embed.tolist()),
+    )
+
+
+def _without_pixels(feature: MultiModalFeatureSpec) -> MultiModalFeatureSpec:
+    data = None
+    if feature.data is not None:
+        data = MultiModalKwargsItem(
+            {
+                name: element
+                for name, element in feature.data.items()
+                if not isinstance(element.data, torch.Tensor)
+                or element.data.numel() <= _POSITION_FIELD_ENTRIES
+            }
+        )
+    return MultiModalFeatureSpec(
+        data=data,
+        modality=feature.modality,
+        identifier=feature.identifier,
+        mm_position=feature.mm_position,
+    )

@@ -1,0 +1,12 @@
+"""No recomputation: blind reuse, the lower bound of cost and accuracy."""
+
+from __future__ import annotations
+
+from .base import Budget, RecomputeSelector
+
+
+class NoRecompute(RecomputeSelector):
+    """Reuse every token."""
+
+    def select(self, num_tokens: int, budget: Budget) -> range:
+        return range(0)

@@ -1,0 +1,23 @@
+"""The worker's segment store: KV and encoder rows by content key, in host memory."""
+
+from vlcache_connector.store.base import (
+    Segment,
+    SegmentInfo,
+    SegmentStore,
+    StoreCounters,
+    StoreUsage,
+)
+from vlcache_connector.store.codec import Kind, RefusalReason, RefusedObject
+from vlcache_connector.store.lmcache_store import LMCacheSegmentStore
+
+__all__ = [
+    "Kind",
+    "LMCacheSegmentStore",
+    "RefusalReason",
+    "RefusedObject",
+    "Segment",
+    "SegmentInfo",
+    "SegmentStore",
+    "StoreCounters",
+    "StoreUsage",
+]

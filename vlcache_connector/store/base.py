@@ -1,0 +1,208 @@
+"""The contract of a segment store: what a worker process can keep and get back.
+
+A store is used from one thread. It decides nothing about what is kept: an entry stays until
+`remove` or `clear`, and its budget is the caller's to manage (`put_*` says what it took).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vlcache_connector.store.header import REFUSAL_REASONS, Kind, RefusalReason
+
+
+@dataclass(frozen=True)
+class SegmentInfo:
+    """What a stored segment says about itself.
+
+    Attributes:
+        key: content key it is stored under.
+        kind: "kv" or "encoder".
+        num_tokens: tokens of the segment ("encoder": rows).
+        positions: the donor's base RoPE positions, int64 `[rows, num_tokens]` with 1 (RoPE) or 3
+            (M-RoPE) rows; None for "encoder".
+    """
+
+    key: str
+    kind: Kind
+    num_tokens: int
+    positions: Tensor | None
+
+
+class Segment:
+    """A read handle: its memory is neither freed nor reused before `release`.
+
+    A context manager. Views that were handed out are valid until `release`, or until the store is
+    closed; copies to a device that read from them have to be complete by then.
+    """
+
+    def __init__(
+        self, info: SegmentInfo, parts: Sequence[Tensor], on_release: Callable[[Segment], None]
+    ) -> None:
+        """Made by stores.
+
+        Args:
+            info: what the segment is.
+            parts: "kv": tensors `[layers, 2, n, kv_heads, head_dim]` that hold consecutive layers
+                from layer 0 on; "encoder": tensors `[rows, width]` that hold consecutive rows.
+            on_release: called once, by the first `release`.
+        """
+        self.info = info
+        self._parts = parts
+        self._on_release: Callable[[Segment], None] | None = on_release
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of one model layer, each `[n, kv_heads, head_dim]`, views into host memory.
+
+        Raises:
+            IndexError: there is no such layer.
+            RuntimeError: the handle was released, or is no "kv" segment.
+        """
+        self._require("kv")
+        index = layer
+        for part in self._parts if layer >= 0 else ():
+            if index < part.shape[0]:
+                return part[index, 0], part[index, 1]
+            index -= part.shape[0]
+        raise IndexError(f"segment {self.info.key!r} has no layer {layer}")
+
+    def rows(self) -> Tensor:
+        """The encoder's output, `[n, width]`: a view into host memory if it is one object, else
+        a copy.
+
+        Raises:
+            RuntimeError: the handle was released, or is no "encoder" segment.
+        """
+        self._require("encoder")
+        return self._parts[0] if len(self._parts) == 1 else torch.cat(tuple(self._parts))
+
+    def release(self) -> None:
+        """Give the memory back to the store. Does nothing the second time."""
+        on_release, self._on_release = self._on_release, None
+        self._parts = ()
+        if on_release is not None:
+            on_release(self)
+
+    def _require(self, kind: Kind) -> None:
+        if self._on_release is None:
+            raise RuntimeError(f"segment {self.info.key!r} was released")
+        if self.info.kind != kind:
+            raise RuntimeError(f"segment {self.info.key!r} is of kind {self.info.kind!r}")
+
+    def __enter__(self) -> Segment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@dataclass(frozen=True)
+class StoreUsage:
+    """Memory of a store, in bytes as they are really taken (alignment included).
+
+    Attributes:
+        bytes_used: stored segments, and removed ones that are still being read.
+        bytes_budget: what `bytes_used` never exceeds.
+        num_segments: stored segments.
+    """
+
+    bytes_used: int
+    bytes_budget: int
+    num_segments: int
+
+
+@dataclass
+class StoreCounters:
+    """What went wrong since the store was made.
+
+    Attributes:
+        refused: segments that `get` refused, by reason (see `RefusedObject`).
+        put_failed: segments that `put_*` could not store.
+    """
+
+    refused: dict[RefusalReason, int] = field(
+        default_factory=lambda: dict.fromkeys(REFUSAL_REASONS, 0)
+    )
+    put_failed: int = 0
+
+
+class SegmentStore(ABC):
+    """Keeps segments by content key and kind. Once closed, it is empty, and `put_*`, `get`,
+    `usage` and `check_integrity` raise RuntimeError.
+    """
+
+    counters: StoreCounters
+
+    @abstractmethod
+    def put_kv(self, key: str, positions: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> int:
+        """Store a segment's KV; it replaces a segment of this key and kind.
+
+        Args:
+            key: content key.
+            positions: the donor's base RoPE positions, any integer dtype, `[rows, n]` with 1 or 3
+                rows.
+            layers: post-RoPE K and V of every model layer, each `[n, kv_heads, head_dim]` in the
+                store's dtype, any device and strides. They are copied.
+
+        Returns:
+            Bytes taken; 0 if it could not be stored (no room, or too large for the store), and
+            then nothing is stored under the key.
+
+        Raises:
+            ValueError: a tensor is not of the described form.
+        """
+
+    @abstractmethod
+    def put_encoder(self, key: str, rows: Tensor) -> int:
+        """Store the encoder's output for a segment, `[n, width]`, any device and strides.
+
+        Replaces, returns and raises as `put_kv`.
+        """
+
+    @abstractmethod
+    def get(self, key: str, kind: Kind) -> Segment | None:
+        """Open a segment for reading; the caller has to release it.
+
+        Returns:
+            None if it is not stored, or was refused (logged and counted by reason). A refused
+            segment stays where it is until `remove`.
+        """
+
+    @abstractmethod
+    def contains(self, key: str, kind: Kind) -> bool:
+        """Whether the segment is stored. Does not read it: `get` may still refuse it."""
+
+    @abstractmethod
+    def remove(self, key: str, kind: Kind) -> None:
+        """Forget the segment, if it is stored. Open handles stay valid and keep their memory."""
+
+    @abstractmethod
+    def kv_bytes(self, num_tokens: int) -> int:
+        """Bytes `put_kv` takes at most for a segment of this many tokens if the store's free
+        memory is not fragmented, with keys of up to 256 ASCII characters.
+        """
+
+    @abstractmethod
+    def usage(self) -> StoreUsage:
+        """Memory in use, for the caller's accounting."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Remove every segment."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Check every invariant and every stored byte; slow.
+
+        Raises:
+            AssertionError: with what is wrong.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release all memory and threads. Open handles are released. Idempotent."""

@@ -1,0 +1,1 @@
+"""The worker side: captures segments, loads them, runs the sparse prefill."""

@@ -1,0 +1,97 @@
+"""Collects the KV of segments while vLLM writes it, over one or more steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..support import KVShape
+
+
+@dataclass
+class _Capture:
+    kv: torch.Tensor
+    """[num_layers, 2, n, kv_heads, head_dim]"""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Rows of the current pass that belong to a segment."""
+
+    capture: _Capture
+    offset: int
+    """Of the first row within the segment."""
+    slots: torch.Tensor
+    """int64 [rows]"""
+
+
+class SegmentCapture:
+    """An observer of KV writes (`attention.hook.KVWriteObserver`).
+
+    `expect` says, before a forward, which slots belong to which segment; `on_kv_write` copies
+    those rows; `finish` hands over the complete segment.
+    """
+
+    def __init__(self, layer_names: Sequence[str], shape: KVShape, device: torch.device) -> None:
+        self._layer_index = {name: index for index, name in enumerate(layer_names)}
+        self._shape = shape
+        self._device = device
+        self._captures: dict[tuple[str, int], _Capture] = {}
+        self._wanted: list[_Wanted] = []
+        self._rows: torch.Tensor | None = None
+
+    def expect(
+        self, req_id: str, item: int, *, num_tokens: int, offset: int, slots: torch.Tensor
+    ) -> None:
+        """The next forward writes tokens `offset...` of an item of `num_tokens` to `slots`."""
+        capture = self._captures.get((req_id, item))
+        if capture is None:
+            shape = self._shape
+            kv = torch.empty(
+                (shape.num_layers, 2, num_tokens, shape.num_kv_heads, shape.head_dim),
+                dtype=shape.dtype,
+                device=self._device,
+            )
+            capture = self._captures[req_id, item] = _Capture(kv)
+        self._wanted.append(_Wanted(capture, offset, slots.to(self._device)))
+
+    def on_kv_write(
+        self, layer_name: str, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """Copy the rows of expected slots; see `KVWriteObserver`."""
+        index = self._layer_index.get(layer_name)
+        if not self._wanted or index is None:
+            return
+        if self._rows is None:
+            # The same rows in all layers of a pass. Sorting finds them without a device sync.
+            order = torch.argsort(slots)
+            wanted = torch.cat([part.slots for part in self._wanted])
+            self._rows = order[torch.searchsorted(slots[order], wanted)]
+        start = 0
+        for part in self._wanted:
+            count = len(part.slots)
+            rows = self._rows[start : start + count]
+            target = part.capture.kv[index, :, part.offset : part.offset + count]
+            torch.index_select(key, 0, rows, out=target[0])
+            torch.index_select(value, 0, rows, out=target[1])
+            start += count
+
+    def end_pass(self) -> None:
+        """The forward is over; nothing is expected any more."""
+        self._wanted.clear()
+        self._rows = None
+
+    def finish(self, req_id: str, item: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """K and V per layer, each [n, kv_heads, head_dim], of a completely captured item."""
+        kv = self._captures.pop((req_id, item)).kv
+        return [(layer[0], layer[1]) for layer in kv]
+
+    def cancel(self, req_id: str) -> None:
+        """Give up all of a request's captures."""
+        for key in [key for key in self._captures if key[0] == req_id]:
+            del self._captures[key]
+
+    def __len__(self) -> int:
+        return len(self._captures)

@@ -1,0 +1,179 @@
+"""The model object, and what the sparse prefill asks of it.
+
+vLLM seams: `SupportsMultiModal.embed_multimodal` / `embed_input_ids`, `SupportsMRoPE`
+(`vllm/model_executor/models/interfaces.py`), and one patch, `BaseModelLoader.load_model`
+(`vllm/model_executor/model_loader/base_loader.py`): connectors are not handed the model, and
+this is the only place that sees it for both model runners.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.models.interfaces import supports_mrope
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.multimodal.utils import group_and_batch_mm_kwargs
+
+from ..rope import RotarySpec
+from .rotary import UnsupportedRotaryError, rotary_spec
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+_loaded: list[tuple[weakref.ref[ModelConfig], weakref.ref[torch.nn.Module]]] = []
+
+
+def remember_loaded_models() -> None:
+    """Patch the model loader, once per process, to remember what it loads."""
+    original = BaseModelLoader.load_model
+    if hasattr(original, "_vlcache_original"):
+        return
+
+    @functools.wraps(original)
+    def load_model(
+        self: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> torch.nn.Module:
+        model = original(self, vllm_config, model_config, prefix)
+        _loaded.append((weakref.ref(model_config), weakref.ref(model)))
+        return model
+
+    load_model._vlcache_original = original  # type: ignore[attr-defined]
+    BaseModelLoader.load_model = load_model  # type: ignore[method-assign]
+
+
+def loaded_model(vllm_config: VllmConfig) -> torch.nn.Module:
+    """The model that this process loaded for `vllm_config`.
+
+    Raises:
+        RuntimeError: no loader was seen; the plugin was not active when the model was loaded.
+    """
+    for config_ref, model_ref in reversed(_loaded):
+        model = model_ref()
+        if model is not None and config_ref() is vllm_config.model_config:
+            return model
+    raise RuntimeError(
+        "VLCache did not see the model being loaded: the vLLM plugin `vlcache` was not active. "
+        "Install the package (its entry point is in vllm.general_plugins) and, if VLLM_PLUGINS is "
+        "set, add `vlcache` to it"
+    )
+
+
+class SparsePrefillModel:
+    """A vision-language model, seen by what a sparse prefill needs.
+
+    Args:
+        model: vLLM's top-level model, e.g. `Qwen2_5_VLForConditionalGeneration`.
+        layer_names: names of the decoder's attention layers.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        vllm_config: VllmConfig,
+        layer_names: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        self._model: Any = model
+        self._vllm_config = vllm_config
+        self._device = device
+        self.layer_names = sorted(layer_names, key=extract_layer_index)
+        context = vllm_config.compilation_config.static_forward_context
+        self.layers: dict[str, Any] = {name: context[name] for name in self.layer_names}
+        self.rotary = self._common_rotary()
+
+    def _common_rotary(self) -> RotarySpec:
+        specs: dict[str, RotarySpec] = {}
+        attention_layers = {id(layer) for layer in self.layers.values()}
+        found = 0
+        for module in self._model.modules():
+            if id(getattr(module, "attn", None)) in attention_layers:
+                rotary = getattr(module, "rotary_emb", None)
+                if rotary is None:
+                    raise UnsupportedRotaryError(f"{type(module).__name__} has no rotary_emb")
+                spec = rotary_spec(rotary)
+                specs[spec.fingerprint()] = spec
+                found += 1
+        if found != len(self.layers) or len(specs) != 1:
+            raise UnsupportedRotaryError(
+                f"{len(self.layers)} attention layers, {found} with a rotary embedding, "
+                f"{len(specs)} different ones: all layers must rotate alike"
+            )
+        return next(iter(specs.values()))
+
+    def positions(self, token_ids: Sequence[int], features: Sequence[Any]) -> torch.Tensor:
+        """RoPE positions of a whole prompt: int64 [3, n] with M-RoPE, else [1, n], on the CPU."""
+        if supports_mrope(self._model) and self._vllm_config.model_config.uses_mrope:
+            positions, _ = self._model.get_mrope_input_positions(list(token_ids), list(features))
+            return positions.to(torch.int64)
+        return torch.arange(len(token_ids), dtype=torch.int64)[None]
+
+    def encode(self, modality: str, data: Any) -> torch.Tensor:
+        """Run the vision encoder on one item's processed inputs: rows [n_embeds, width]."""
+        batches = group_and_batch_mm_kwargs([(modality, data)], device=self._device)
+        _, _, kwargs = next(iter(batches))
+        return self._model.embed_multimodal(**kwargs)[0]
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        encoder_rows: list[torch.Tensor],
+        is_embed: torch.Tensor,
+        metadata: dict[str, Any],
+        slot_mapping: dict[str, torch.Tensor],
+    ) -> None:
+        """One pass over scattered tokens; its only result is their KV in the paged cache.
+
+        Args:
+            token_ids: int64 [n].
+            positions: int64 [3, n] or [1, n].
+            encoder_rows: the encoder rows of the tokens with `is_embed`, in order.
+            is_embed: bool [n], on the CPU.
+            metadata: attention metadata per layer name.
+            slot_mapping: int64 [n] per layer name.
+        """
+        with self._own_deepstack_buffers():
+            embeds = self._model.embed_input_ids(
+                token_ids.to(self._device),
+                multimodal_embeddings=encoder_rows,
+                is_multimodal=is_embed.to(self._device),
+            )
+            rows = positions if positions.shape[0] == 3 else positions[0]
+            with set_forward_context(
+                metadata,
+                self._vllm_config,
+                num_tokens=len(token_ids),
+                cudagraph_runtime_mode=CUDAGraphMode.NONE,
+                slot_mapping=slot_mapping,
+            ):
+                self._model(
+                    input_ids=None,
+                    positions=rows.to(self._device).contiguous(),
+                    intermediate_tensors=None,
+                    inputs_embeds=embeds.to(self._vllm_config.model_config.dtype),
+                )
+
+    @contextmanager
+    def _own_deepstack_buffers(self) -> Iterator[None]:
+        """Put aside what the main batch left in Qwen3-VL's deepstack buffers.
+
+        vLLM fills them when it prepares the main batch, before the sparse prefill runs.
+        """
+        in_use = getattr(self._model, "deepstack_input_embeds_num_tokens", 0)
+        if not in_use:
+            yield
+            return
+        saved = [buffer[:in_use].clone() for buffer in self._model.deepstack_input_embeds]
+        self._model._clear_deepstack_input_embeds(in_use)
+        try:
+            yield
+        finally:
+            self._model._set_deepstack_input_embeds(torch.stack(saved))

@@ -1,0 +1,213 @@
+"""The worker side: carries out what the scheduler side planned, on one rank.
+
+vLLM seams: the worker-side methods of `KVConnectorBase_V1`
+(`vllm/distributed/kv_transfer/kv_connector/v1/base.py`), called by the model runners.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.logger import init_logger
+
+from ..attention.hook import KVWriteHook, observe_kv_writes
+from ..attention.metadata import MetadataFactory, slots_of
+from ..protocol import CapturePlan, Item, PrefillFigures, ReusePlan, StepPlan, StepReport
+from ..store import SegmentStore
+from ..support import KVShape, UnsupportedError
+from .capture import SegmentCapture
+from .injection import Injection
+from .loader import LoadedPlan, Loader
+from .model import SparsePrefillModel
+from .sparse_prefill import RequestInputs, SparsePrefill
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = init_logger(__name__)
+
+
+class WorkerSide:
+    """Captures segments, loads them and runs the sparse prefill on one rank.
+
+    Args:
+        model: the loaded model.
+        shape: of one token's KV on this rank.
+        store: this rank's segments.
+        device: of the model.
+
+    Raises:
+        UnsupportedError: the attention backend in use is not one that is wrapped.
+    """
+
+    def __init__(
+        self,
+        model: SparsePrefillModel,
+        shape: KVShape,
+        store: SegmentStore,
+        *,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        device: torch.device,
+    ) -> None:
+        for layer in model.layers.values():
+            if not isinstance(layer.impl, KVWriteHook):
+                raise UnsupportedError(
+                    f"attention backend {layer.get_attn_backend().get_name()} is not wrapped by "
+                    "VLCache; choose --attention-backend FLASH_ATTN, FLASHINFER or TRITON_ATTN"
+                )
+        self._model = model
+        self._shape = shape
+        self._store = store
+        self._device = device
+        self._loader = Loader(store, model, shape, device)
+        self._capture = SegmentCapture(model.layer_names, shape, device)
+        self._layer_index = {name: index for index, name in enumerate(model.layer_names)}
+        self._prefill = SparsePrefill(
+            model,
+            MetadataFactory(vllm_config, kv_cache_config, model.layers, device),
+            self._capture,
+            max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            block_size=shape.block_size,
+        )
+        self._requests: dict[str, RequestInputs] = {}
+        self._injection: Injection | None = None
+        self._completed: list[tuple[str, Item]] = []
+        self._report = StepReport()
+        self._invalid_blocks: set[int] = set()
+        observe_kv_writes(self._capture)
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """Before anything runs: forget what is over and take in what is new."""
+        for key in plan.dropped_segments:
+            self._store.remove(key, "kv")
+        for key in plan.dropped_encoder:
+            self._store.remove(key, "encoder")
+        for req_id in (*plan.cancelled, *plan.finished):
+            self._capture.cancel(req_id)
+        for req_id in plan.finished:
+            self._requests.pop(req_id, None)
+        for context in plan.contexts:
+            self._requests[context.req_id] = RequestInputs(
+                token_ids=torch.tensor(context.prompt_token_ids, dtype=torch.int64),
+                positions=self._model.positions(
+                    context.prompt_token_ids, context.position_features
+                ),
+                items={item.index: item for item in context.items},
+            )
+
+    def expect_captures(self, captures: Sequence[CapturePlan]) -> None:
+        """Arm the captures of vLLM's own forward, which comes next."""
+        for capture in captures:
+            item = self._requests[capture.req_id].items[capture.item]
+            slots = slots_of(capture.span, capture.block_ids, self._shape.block_size)
+            self._capture.expect(
+                capture.req_id,
+                capture.item,
+                num_tokens=len(item.span),
+                offset=capture.span.start - item.span.start,
+                slots=torch.from_numpy(slots),
+            )
+            if capture.span.end == item.span.end:
+                self._completed.append((capture.req_id, item))
+
+    def load(self, plans: Sequence[ReusePlan]) -> None:
+        """Fill the KV of all claims, before vLLM's own forward.
+
+        Whatever fails here ends in tokens that are computed instead of reused; only when that is
+        impossible too, the claims' blocks are reported as failed to load.
+        """
+        start = time.perf_counter()
+        loaded = self._loader.fetch(plans, self._requests, self._report)
+        fetch_seconds = time.perf_counter() - start
+        try:
+            try:
+                self._fill(loaded, fetch_seconds)
+            except Exception:
+                logger.exception("VLCache: the sparse prefill failed; again without reuse")
+                for entry in loaded:
+                    entry.compute_everything("error")
+                self._fill(loaded, fetch_seconds)
+        except Exception:
+            logger.exception("VLCache: nothing could be computed; the claimed blocks are invalid")
+            for plan in plans:
+                self._give_up(plan)
+        finally:
+            self._injection = None
+            if self._device.type != "cpu":
+                # Copies to the device still read the segments' host memory.
+                torch.accelerator.synchronize()
+            for entry in loaded:
+                entry.release()
+
+    def _fill(self, loaded: Sequence[LoadedPlan], fetch_seconds: float) -> None:
+        filled, jobs = [], []
+        for entry in loaded:
+            job = self._loader.job(entry, self._report)
+            if job is None:
+                self._give_up(entry.plan)
+            else:
+                filled.append(entry)
+                jobs.append(job)
+        start = time.perf_counter()
+        injection = self._injection = self._loader.injection(filled)
+        self._prefill.run(jobs)
+        # Without any run there was no forward whose layers would have asked for their KV.
+        for name, layer in self._model.layers.items():
+            injection.write_layer(self._layer_index[name], layer)
+        self._injection = None
+        compute_seconds = time.perf_counter() - start - injection.seconds
+        for entry in filled:
+            plan = entry.plan
+            self._report.figures[plan.req_id] = PrefillFigures(
+                reused_tokens=plan.num_reused,
+                recomputed_tokens=plan.recomputed,
+                computed_tokens=plan.num_computed,
+                load_seconds=fetch_seconds + injection.seconds,
+                sparse_prefill_seconds=compute_seconds,
+                fallback=entry.fallback,
+            )
+            self._completed += [(plan.req_id, entry.inputs.items[i]) for i in plan.captures]
+
+    def _give_up(self, plan: ReusePlan) -> None:
+        first = plan.claim.start // self._shape.block_size
+        self._invalid_blocks.update(plan.block_ids[first:])
+        self._capture.cancel(plan.req_id)
+        self._report.lost.update(self._requests[plan.req_id].items[i].key for i in plan.captures)
+        self._report.figures[plan.req_id] = PrefillFigures(fallback="failed")
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Called in each attention layer: write this layer's reused KV."""
+        index = self._layer_index.get(layer_name)
+        if self._injection is not None and index is not None:
+            self._injection.write_layer(index, self._model.layers[layer_name])
+
+    def end_step(self) -> None:
+        """After the step's forwards: store the segments that are complete."""
+        self._capture.end_pass()
+        completed, self._completed = self._completed, []
+        for req_id, item in completed:
+            layers = self._capture.finish(req_id, item.index)
+            base = self._requests[req_id].positions[:, item.span.start : item.span.end]
+            if self._store.put_kv(item.key, base, layers):
+                self._report.stored[item.key] = 1
+            else:
+                self._report.lost.add(item.key)
+
+    def take_report(self) -> StepReport | None:
+        """What this step stored, lost and measured."""
+        report, self._report = self._report, StepReport()
+        return None if report.is_empty() else report
+
+    def take_invalid_blocks(self) -> set[int]:
+        """KV blocks of claims that could not be filled."""
+        invalid, self._invalid_blocks = self._invalid_blocks, set()
+        return invalid
+
+    def close(self) -> None:
+        """Stop observing KV writes."""
+        observe_kv_writes(None)
