@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs what is missing, checks the style, runs the tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+scripts/setup.sh
+read -r _ device <.venv/setup.stamp
+
+export VLLM_CPU_KVCACHE_SPACE=1
+export HF_HUB_OFFLINE=1
+export VLLM_NO_USAGE_STATS=1
+export DO_NOT_TRACK=1
+export LMCACHE_TRACK_USAGE=false
+# Without a GPU, Triton kernels run in Triton's interpreter.
+if [ "$device" = cpu ]; then export TRITON_INTERPRET=1; fi
+
+status=0
+.venv/bin/ruff check || status=$?
+.venv/bin/ruff format --check || status=$?
+.venv/bin/python -m pytest "$@" || status=$?
+exit "$status"
