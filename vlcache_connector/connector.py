@@ -65,14 +65,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             logger.warning("VLCache is off, vLLM runs as without it: %s", self._inert)
             return
         check_supported(vllm_config, kv_cache_config)
-        if vllm_config.ec_transfer_config is None:
-            # One flag turns on both halves: vLLM makes the encoder half right after this one.
-            vllm_config.ec_transfer_config = ECTransferConfig(
-                ec_connector="VLCacheEncoderConnector",
-                ec_connector_module_path="vlcache_connector.encoder_connector",
-                ec_role="ec_both",
-                engine_id=self._kv_transfer_config.engine_id,
-            )
+        self._turn_on_encoder_half()
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = self._make_scheduler_side()
         else:
@@ -82,6 +75,25 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         """A cache: what is not stored is a miss later, never an error."""
         return False
+
+    def _turn_on_encoder_half(self) -> None:
+        """One flag is enough where vLLM looks for an encoder connector after this constructor."""
+        if self._vllm_config.ec_transfer_config is not None:
+            return
+        if self._vllm_config.use_v2_model_runner:
+            logger.warning(
+                "VLCache: model runner V2 needs a second flag to cache encoder outputs: "
+                "--ec-transfer-config "
+                '\'{"ec_connector": "VLCacheEncoderConnector", "ec_role": "ec_both"}\'. Without it '
+                "an image's first reuse runs the vision encoder once more"
+            )
+            return
+        self._vllm_config.ec_transfer_config = ECTransferConfig(
+            ec_connector="VLCacheEncoderConnector",
+            ec_connector_module_path="vlcache_connector.encoder_connector",
+            ec_role="ec_both",
+            engine_id=self._kv_transfer_config.engine_id,
+        )
 
     def _make_scheduler_side(self) -> SchedulerSide:
         vllm_config = self._vllm_config

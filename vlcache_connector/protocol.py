@@ -104,12 +104,12 @@ class ReusePlan:
     reused: tuple[ReusedSpan, ...]
     recomputed: int
     """Tokens of reused segments that are computed anew (part of `runs`)."""
-    captures: tuple[int, ...] = ()
-    """Items that are computed completely inside `runs` and are to be stored."""
+    captures: dict[int, str] = field(default_factory=dict)
+    """Item -> content key, of items that are computed completely inside `runs` and stored."""
     block_ids: tuple[int, ...] = ()
     """The request's KV blocks, from its first token on, covering `claim`."""
     encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
-    """Item -> (modality, processed inputs) for items in `runs` whose encoder rows are not stored."""
+    """Item -> (modality, processed inputs), where an item in `runs` has no stored rows."""
 
     @property
     def num_computed(self) -> int:
@@ -138,6 +138,7 @@ class CapturePlan:
 
     req_id: str
     item: int
+    key: str
     span: Span
     block_ids: tuple[int, ...]
     """The request's KV blocks, from its first token on, covering `span`."""
@@ -197,11 +198,22 @@ class StepReport(KVConnectorWorkerMetadata):
     encoder_lost: set[str] = field(default_factory=set)
     figures: dict[str, PrefillFigures] = field(default_factory=dict)
     """Request -> what its sparse prefill did."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """What went wrong, by kind."""
+
+    def failed(self, what: str) -> None:
+        """Count something that went wrong."""
+        self.failures[what] = self.failures.get(what, 0) + 1
 
     def is_empty(self) -> bool:
         """Whether there is nothing to tell."""
         return not (
-            self.stored or self.lost or self.encoder_stored or self.encoder_lost or self.figures
+            self.stored
+            or self.lost
+            or self.encoder_stored
+            or self.encoder_lost
+            or self.figures
+            or self.failures
         )
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
@@ -216,6 +228,7 @@ class StepReport(KVConnectorWorkerMetadata):
             encoder_stored=_add_counts(self.encoder_stored, other.encoder_stored),
             encoder_lost=self.encoder_lost | other.encoder_lost,
             figures=figures,
+            failures=_add_counts(self.failures, other.failures),
         )
 
 

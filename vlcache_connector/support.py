@@ -154,9 +154,16 @@ def kv_shape(vllm_config: VllmConfig) -> KVShape:
         num_layers=model.get_num_layers(parallel),
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_dim=model.get_head_size(),
-        dtype=model.dtype,
+        dtype=model_dtype(vllm_config),
         block_size=vllm_config.cache_config.block_size,
     )
+
+
+def model_dtype(vllm_config: VllmConfig) -> torch.dtype:
+    """dtype of the model's activations, which vLLM has resolved by now."""
+    dtype = vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def inert_reason(vllm_config: VllmConfig) -> str | None:

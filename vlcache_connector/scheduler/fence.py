@@ -40,12 +40,16 @@ class PrefixFence:
         request.block_hashes[block:] = [BlockHash(os.urandom(_HASH_BYTES))]
         request.update_block_hashes()
 
-    def lift(self, request: Request) -> None:
-        """Give back the exact hashes: the request turned out to reuse nothing."""
-        fenced = self._exact.pop(request.request_id, None)
-        if fenced is None:
+    def lift(self, request: Request, num_computed: int = 0) -> None:
+        """Give back the exact hashes: the request turned out to reuse nothing.
+
+        A fence below `num_computed` stays: a resumed request may find its own approximate blocks
+        behind it again, and all that it computes from there on is approximate too.
+        """
+        block, hashes = self._exact.get(request.request_id, (None, None))
+        if block is None or hashes is None or num_computed > block * self._block_size:
             return
-        block, hashes = fenced
+        del self._exact[request.request_id]
         request.block_hashes[block:] = hashes
         request.update_block_hashes()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..support import config_of, engine_id
+from ..support import config_of, engine_id, model_dtype
 from .index import ResidencyIndex
 
 if TYPE_CHECKING:
@@ -36,4 +36,4 @@ def encoder_row_bytes(vllm_config: VllmConfig) -> int:
     model = vllm_config.model_config
     vision = getattr(model.hf_config, "vision_config", None)
     levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-    return model.get_inputs_embeds_size() * (1 + levels) * model.dtype.itemsize
+    return model.get_inputs_embeds_size() * (1 + levels) * model_dtype(vllm_config).itemsize

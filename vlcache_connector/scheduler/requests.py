@@ -43,7 +43,13 @@ class TrackedRequest:
         """Track `request`; None when it has nothing that could be reused or stored."""
         if not request.mm_features or request.prompt_token_ids is None:
             return None
-        if request.lora_request is not None or request.prompt_embeds is not None:
+        if (
+            request.lora_request is not None
+            or request.prompt_embeds is not None
+            or request.pooling_params is not None
+            or request.resumable
+        ):
+            # Other weights, no token ids, all hidden states wanted, or a prompt that still grows.
             return None
         items = tuple(
             _item(index, feature, fingerprint, request.cache_salt)

@@ -1,11 +1,13 @@
 """The scheduler side: decides what is reused, recomputed, stored and evicted.
 
 vLLM seams: the scheduler-side methods of `KVConnectorBase_V1`
-(`vllm/distributed/kv_transfer/kv_connector/v1/base.py`), called by `vllm/v1/core/sched/scheduler.py`.
+(`vllm/distributed/kv_transfer/kv_connector/v1/base.py`), called by the scheduler
+(`vllm/v1/core/sched/scheduler.py`).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from ..config import VLCacheConfig
-from ..protocol import CapturePlan, Item, PrefillFigures, ReusePlan, Span, StepPlan, StepReport
+from ..protocol import CapturePlan, Item, PrefillFigures, ReusePlan, StepPlan, StepReport
 from ..selection import SELECTORS, Budget
 from ..support import KVShape
 from .fence import PrefixFence, self_test
@@ -68,6 +70,8 @@ class SchedulerSide:
         self._can_store = can_store
         self._can_reuse = can_reuse
         self._selector = SELECTORS[config.selector]()
+        self.failures: Counter[str] = Counter()
+        """What went wrong, by kind; each cost only reuse."""
         self._live: dict[str, Request] = {}
         self._requests: dict[str, TrackedRequest] = {}
         self._finishing: dict[str, tuple[TrackedRequest, dict[str, Any]]] = {}
@@ -86,9 +90,18 @@ class SchedulerSide:
     def on_new_request(self, request: Request) -> None:
         """Start tracking a request."""
         self._live[request.request_id] = request
-        tracked = TrackedRequest.of(request, self._fingerprint)
+        try:
+            tracked = TrackedRequest.of(request, self._fingerprint)
+        except Exception:
+            self._failed("request could not be read", request.request_id)
+            return
         if tracked is not None:
             self._requests[request.request_id] = tracked
+
+    def _failed(self, what: str, req_id: str) -> None:
+        """Count and log an exception that costs a request its reuse, and nothing else."""
+        self.failures[what] += 1
+        logger.exception("VLCache: %s, left to plain vLLM: request %s", what, req_id)
 
     # -- claiming ---------------------------------------------------------------------------
 
@@ -102,10 +115,14 @@ class SchedulerSide:
         tracked.pending = None
         if self._prefix_is_in_flight(request, num_computed):
             return None, False
-        plan = self._plan(tracked, num_computed)
+        try:
+            plan = self._plan(tracked, num_computed)
+        except Exception:
+            self._failed("reuse could not be planned", request.request_id)
+            plan = None
         if plan is None:
             if self._fence is not None:
-                self._fence.lift(request)
+                self._fence.lift(request, num_computed)
             return 0, False
         in_step = sum(other.num_computed for other in self._step_reuse)
         if in_step and in_step + plan.num_computed > self._max_batched_tokens:
@@ -210,14 +227,14 @@ class SchedulerSide:
 
     # -- storing ----------------------------------------------------------------------------
 
-    def _captures_in(self, tracked: TrackedRequest, plan: ReusePlan) -> tuple[int, ...]:
+    def _captures_in(self, tracked: TrackedRequest, plan: ReusePlan) -> dict[int, str]:
         """Unknown items that the sparse prefill computes from first to last token."""
-        return tuple(
-            item.index
+        return {
+            item.index: item.key
             for item in self._items_in_runs(tracked, plan)
             if any(run.start <= item.span.start and item.span.end <= run.end for run in plan.runs)
             and self._reserve(item)
-        )
+        }
 
     def _reserve(self, item: Item) -> bool:
         return (
@@ -232,33 +249,30 @@ class SchedulerSide:
     def _encoder_bytes(self, item: Item) -> int:
         return item.num_embeds * self._encoder_row_bytes
 
-    def _plan_captures(self, output: SchedulerOutput) -> list[CapturePlan]:
+    def _plan_captures(self, tracked: TrackedRequest, num_scheduled: int) -> list[CapturePlan]:
+        """Items that vLLM's own forward computes, in whole or in part, in this step."""
         assert self._kv_cache_manager is not None
+        start = tracked.request.num_computed_tokens
+        end = start + num_scheduled
+        if start >= tracked.items[-1].span.end:
+            return []
+        req_id = tracked.request.request_id
+        block_ids = tuple(self._kv_cache_manager.get_block_ids(req_id)[0])
         captures = []
-        for req_id, num_scheduled in output.num_scheduled_tokens.items():
-            tracked = self._requests.get(req_id)
-            if tracked is None or not tracked.options.enabled:
+        for item in tracked.items:
+            part = item.span.clip(start, end)
+            if not part:
                 continue
-            start = tracked.request.num_computed_tokens
-            end = start + num_scheduled
-            if start >= tracked.items[-1].span.end:
+            if part.start == item.span.start:
+                if not self._reserve(item):
+                    continue
+            elif tracked.capturing.get(item.index) != part.start:
                 continue
-            block_ids = tuple(self._kv_cache_manager.get_block_ids(req_id)[0])
-            for item in tracked.items:
-                part = item.span.clip(start, end)
-                if not part:
-                    continue
-                if part.start == item.span.start and item.index not in tracked.capturing:
-                    if not self._reserve(item):
-                        continue
-                elif tracked.capturing.get(item.index) != part.start:
-                    continue
-                if part.end == item.span.end:
-                    tracked.capturing.pop(item.index, None)
-                else:
-                    tracked.capturing[item.index] = part.end
-                last_block = -(-part.end // self._shape.block_size)
-                captures.append(CapturePlan(req_id, item.index, part, block_ids[:last_block]))
+            tracked.capturing[item.index] = part.end
+            if part.end == item.span.end:
+                del tracked.capturing[item.index]
+            last_block = -(-part.end // self._shape.block_size)
+            captures.append(CapturePlan(req_id, item.index, item.key, part, block_ids[:last_block]))
         return captures
 
     def _give_up_captures(self, tracked: TrackedRequest) -> None:
@@ -279,8 +293,12 @@ class SchedulerSide:
         plan = StepPlan(reuse=self._step_reuse, cancelled=cancelled, finished=self._finished)
         self._step_reuse, self._finished = [], []
         if self._can_store:
-            plan.captures = self._plan_captures(output)
-        for req_id in {entry.req_id for entry in (*plan.reuse, *plan.captures)}:
+            for req_id, num_scheduled in output.num_scheduled_tokens.items():
+                tracked = self._requests.get(req_id)
+                if tracked is not None and tracked.options.enabled:
+                    plan.captures += self._plan_captures(tracked, num_scheduled)
+        involved = [p.req_id for p in plan.reuse] + [p.req_id for p in plan.captures]
+        for req_id in dict.fromkeys(involved):
             tracked = self._requests[req_id]
             if not tracked.context_sent:
                 tracked.context_sent = True
@@ -295,6 +313,7 @@ class SchedulerSide:
         """Take in what the workers stored, lost and measured."""
         for key, ranks in report.stored.items():
             self._segments.stored(key, ranks)
+        self.failures.update(report.failures)
         for key in report.lost:
             self._segments.lost(key)
         for key, ranks in report.encoder_stored.items():

@@ -147,7 +147,8 @@ class SegmentStore(ABC):
             positions: the donor's base RoPE positions, any integer dtype, `[rows, n]` with 1 or 3
                 rows.
             layers: post-RoPE K and V of every model layer, each `[n, kv_heads, head_dim]` in the
-                store's dtype, any device and strides. They are copied.
+                store's dtype, any device and strides. Copied on the current stream before it
+                returns.
 
         Returns:
             Bytes taken; 0 if it could not be stored (no room, or too large for the store), and

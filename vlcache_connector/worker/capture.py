@@ -28,7 +28,7 @@ class _Wanted:
 
 
 class SegmentCapture:
-    """An observer of KV writes (`attention.hook.KVWriteObserver`).
+    """Copies the KV of expected slots as it is written.
 
     `expect` says, before a forward, which slots belong to which segment; `on_kv_write` copies
     those rows; `finish` hands over the complete segment.
@@ -60,7 +60,8 @@ class SegmentCapture:
     def on_kv_write(
         self, layer_name: str, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
     ) -> None:
-        """Copy the rows of expected slots; see `KVWriteObserver`."""
+        """K and V [num_tokens, kv_heads, head_dim] go to `slots` [num_tokens]: copy what is
+        expected."""
         index = self._layer_index.get(layer_name)
         if not self._wanted or index is None:
             return
@@ -77,6 +78,11 @@ class SegmentCapture:
             torch.index_select(key, 0, rows, out=target[0])
             torch.index_select(value, 0, rows, out=target[1])
             start += count
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether the next forward writes anything that is expected."""
+        return bool(self._wanted)
 
     def end_pass(self) -> None:
         """The forward is over; nothing is expected any more."""

@@ -60,7 +60,7 @@ class EncoderWorkerSide:
             self._saved[key] = self._get_store().put_encoder(key, rows) > 0
 
     def take_report(self) -> EncoderStepReport | None:
-        """What all ranks stored in this step; only the first rank's report reaches the scheduler."""
+        """What all ranks stored in this step; vLLM hands on the first rank's report only."""
         saved, self._saved = self._saved, {}
         if not saved:
             return None

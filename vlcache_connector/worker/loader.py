@@ -26,12 +26,14 @@ class LoadedPlan:
 
     Attributes:
         segments: item -> read handle of its segment.
+        encoder_rows: read handles of the encoder rows that the jobs use.
         fallback: why less is reused than was planned.
     """
 
     plan: ReusePlan
     inputs: RequestInputs
     segments: dict[int, Segment] = field(default_factory=dict)
+    encoder_rows: list[Segment] = field(default_factory=list)
     fallback: str | None = None
 
     def compute_instead(self, items: Sequence[int], why: str) -> None:
@@ -49,7 +51,7 @@ class LoadedPlan:
 
     def release(self) -> None:
         """Give the segments back to the store."""
-        for segment in self.segments.values():
+        for segment in (*self.segments.values(), *self.encoder_rows):
             segment.release()
 
 
@@ -110,13 +112,15 @@ class Loader:
 
     def job(self, entry: LoadedPlan, report: StepReport) -> PrefillJob | None:
         """The sparse prefill of a plan; None when tokens of an item can't be computed either."""
-        rows = {}
+        rows: dict[int, torch.Tensor] = {}
         for item in entry.inputs.items.values():
             if not any(item.span.clip(run.start, run.end) for run in entry.plan.runs):
                 continue
             stored = self._stored_rows(item)
-            if all_ranks_have([stored is not None])[0]:
-                rows[item.index] = stored
+            everywhere = all_ranks_have([stored is not None])[0]
+            if stored is not None and everywhere:
+                entry.encoder_rows.append(stored)
+                rows[item.index] = stored.rows()
             elif item.index in entry.plan.encoder_inputs:
                 rows[item.index] = self._encode(entry.plan, item, report)
             else:
@@ -124,14 +128,12 @@ class Loader:
                 return None
         return PrefillJob(entry.plan, entry.inputs, rows)
 
-    def _stored_rows(self, item: Item) -> torch.Tensor | None:
+    def _stored_rows(self, item: Item) -> Segment | None:
         segment = self._store.get(item.encoder_key, "encoder")
-        if segment is None:
+        if segment is not None and segment.info.num_tokens != item.num_embeds:
+            segment.release()
             return None
-        with segment:
-            if segment.info.num_tokens != item.num_embeds:
-                return None
-            return segment.rows().to(self._device, copy=True)
+        return segment
 
     def _encode(self, plan: ReusePlan, item: Item, report: StepReport) -> torch.Tensor:
         rows = self._model.encode(*plan.encoder_inputs[item.index])

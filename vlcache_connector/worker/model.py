@@ -18,11 +18,11 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.models.interfaces import supports_mrope
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from ..rope import RotarySpec
+from ..support import UnsupportedError, model_dtype
 from .rotary import UnsupportedRotaryError, rotary_spec
 
 if TYPE_CHECKING:
@@ -97,12 +97,18 @@ class SparsePrefillModel:
             if id(getattr(module, "attn", None)) in attention_layers:
                 rotary = getattr(module, "rotary_emb", None)
                 if rotary is None:
-                    raise UnsupportedRotaryError(f"{type(module).__name__} has no rotary_emb")
-                spec = rotary_spec(rotary)
+                    raise UnsupportedError(f"{type(module).__name__} has no rotary embedding")
+                try:
+                    spec = rotary_spec(rotary)
+                except UnsupportedRotaryError as error:
+                    raise UnsupportedError(
+                        f"this model's keys can't be rotated to another position ({error}); "
+                        "remove --kv-transfer-config"
+                    ) from error
                 specs[spec.fingerprint()] = spec
                 found += 1
         if found != len(self.layers) or len(specs) != 1:
-            raise UnsupportedRotaryError(
+            raise UnsupportedError(
                 f"{len(self.layers)} attention layers, {found} with a rotary embedding, "
                 f"{len(specs)} different ones: all layers must rotate alike"
             )
@@ -110,7 +116,7 @@ class SparsePrefillModel:
 
     def positions(self, token_ids: Sequence[int], features: Sequence[Any]) -> torch.Tensor:
         """RoPE positions of a whole prompt: int64 [3, n] with M-RoPE, else [1, n], on the CPU."""
-        if supports_mrope(self._model) and self._vllm_config.model_config.uses_mrope:
+        if self._vllm_config.model_config.uses_mrope:
             positions, _ = self._model.get_mrope_input_positions(list(token_ids), list(features))
             return positions.to(torch.int64)
         return torch.arange(len(token_ids), dtype=torch.int64)[None]
@@ -135,7 +141,7 @@ class SparsePrefillModel:
         Args:
             token_ids: int64 [n].
             positions: int64 [3, n] or [1, n].
-            encoder_rows: the encoder rows of the tokens with `is_embed`, in order.
+            encoder_rows: the encoder rows of the tokens with `is_embed`, in order, on any device.
             is_embed: bool [n], on the CPU.
             metadata: attention metadata per layer name.
             slot_mapping: int64 [n] per layer name.
@@ -143,10 +149,12 @@ class SparsePrefillModel:
         with self._own_deepstack_buffers():
             embeds = self._model.embed_input_ids(
                 token_ids.to(self._device),
-                multimodal_embeddings=encoder_rows,
+                multimodal_embeddings=[
+                    rows.to(self._device, non_blocking=True) for rows in encoder_rows
+                ],
                 is_multimodal=is_embed.to(self._device),
             )
-            rows = positions if positions.shape[0] == 3 else positions[0]
+            axes = positions if positions.shape[0] == 3 else positions[0]
             with set_forward_context(
                 metadata,
                 self._vllm_config,
@@ -156,9 +164,9 @@ class SparsePrefillModel:
             ):
                 self._model(
                     input_ids=None,
-                    positions=rows.to(self._device).contiguous(),
+                    positions=axes.to(self._device).contiguous(),
                     intermediate_tensors=None,
-                    inputs_embeds=embeds.to(self._vllm_config.model_config.dtype),
+                    inputs_embeds=embeds.to(model_dtype(self._vllm_config)),
                 )
 
     @contextmanager

@@ -41,7 +41,7 @@ class PrefillJob:
     Attributes:
         plan: what is computed.
         inputs: the request's prompt.
-        encoder_rows: item -> rows [n_embeds, width] on the device, for items inside runs.
+        encoder_rows: item -> rows [n_embeds, width] on any device, for items inside runs.
     """
 
     plan: ReusePlan

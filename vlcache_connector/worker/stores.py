@@ -35,6 +35,8 @@ def get_store(vllm_config: VllmConfig) -> SegmentStore:
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             kv_dtype=shape.dtype,
+            # This process wrote the memory itself: a checksum over each read would only cost time.
+            verify=False,
         )
     return _stores[name]
 

@@ -15,7 +15,15 @@ from vllm.logger import init_logger
 
 from ..attention.hook import KVWriteHook, observe_kv_writes
 from ..attention.metadata import MetadataFactory, slots_of
-from ..protocol import CapturePlan, Item, PrefillFigures, ReusePlan, StepPlan, StepReport
+from ..protocol import (
+    CapturePlan,
+    Item,
+    PrefillFigures,
+    RequestContext,
+    ReusePlan,
+    StepPlan,
+    StepReport,
+)
 from ..store import SegmentStore
 from ..support import KVShape, UnsupportedError
 from .capture import SegmentCapture
@@ -79,7 +87,7 @@ class WorkerSide:
         self._completed: list[tuple[str, Item]] = []
         self._report = StepReport()
         self._invalid_blocks: set[int] = set()
-        observe_kv_writes(self._capture)
+        observe_kv_writes(self)
 
     def begin_step(self, plan: StepPlan) -> None:
         """Before anything runs: forget what is over and take in what is new."""
@@ -92,17 +100,25 @@ class WorkerSide:
         for req_id in plan.finished:
             self._requests.pop(req_id, None)
         for context in plan.contexts:
-            self._requests[context.req_id] = RequestInputs(
-                token_ids=torch.tensor(context.prompt_token_ids, dtype=torch.int64),
-                positions=self._model.positions(
-                    context.prompt_token_ids, context.position_features
-                ),
-                items={item.index: item for item in context.items},
-            )
+            try:
+                self._requests[context.req_id] = self._inputs_of(context)
+            except Exception:
+                self._report.failed("positions")
+                logger.exception("VLCache: no positions for request %s", context.req_id)
+
+    def _inputs_of(self, context: RequestContext) -> RequestInputs:
+        return RequestInputs(
+            token_ids=torch.tensor(context.prompt_token_ids, dtype=torch.int64),
+            positions=self._model.positions(context.prompt_token_ids, context.position_features),
+            items={item.index: item for item in context.items},
+        )
 
     def expect_captures(self, captures: Sequence[CapturePlan]) -> None:
         """Arm the captures of vLLM's own forward, which comes next."""
         for capture in captures:
+            if capture.req_id not in self._requests:
+                self._report.lost.add(capture.key)
+                continue
             item = self._requests[capture.req_id].items[capture.item]
             slots = slots_of(capture.span, capture.block_ids, self._shape.block_size)
             self._capture.expect(
@@ -121,18 +137,21 @@ class WorkerSide:
         Whatever fails here ends in tokens that are computed instead of reused; only when that is
         impossible too, the claims' blocks are reported as failed to load.
         """
-        start = time.perf_counter()
-        loaded = self._loader.fetch(plans, self._requests, self._report)
-        fetch_seconds = time.perf_counter() - start
+        loaded: list[LoadedPlan] = []
         try:
+            start = time.perf_counter()
+            loaded = self._loader.fetch(plans, self._requests, self._report)
+            fetch_seconds = time.perf_counter() - start
             try:
                 self._fill(loaded, fetch_seconds)
             except Exception:
+                self._report.failed("sparse prefill")
                 logger.exception("VLCache: the sparse prefill failed; again without reuse")
                 for entry in loaded:
                     entry.compute_everything("error")
                 self._fill(loaded, fetch_seconds)
         except Exception:
+            self._report.failed("load")
             logger.exception("VLCache: nothing could be computed; the claimed blocks are invalid")
             for plan in plans:
                 self._give_up(plan)
@@ -173,11 +192,27 @@ class WorkerSide:
             )
             self._completed += [(plan.req_id, entry.inputs.items[i]) for i in plan.captures]
 
+    def on_kv_write(
+        self, layer_name: str, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """Capture what was expected; see `attention.hook.KVWriteObserver`."""
+        if not self._capture.is_armed:
+            return
+        try:
+            self._capture.on_kv_write(layer_name, key, value, slots)
+        except Exception:
+            # vLLM's own forward is running: it must not notice.
+            self._report.failed("capture")
+            logger.exception("VLCache: capture failed; the segments are not stored")
+            self._capture.end_pass()
+            self._report.lost.update(item.key for _, item in self._completed)
+            self._completed.clear()
+
     def _give_up(self, plan: ReusePlan) -> None:
         first = plan.claim.start // self._shape.block_size
         self._invalid_blocks.update(plan.block_ids[first:])
         self._capture.cancel(plan.req_id)
-        self._report.lost.update(self._requests[plan.req_id].items[i].key for i in plan.captures)
+        self._report.lost.update(plan.captures.values())
         self._report.figures[plan.req_id] = PrefillFigures(fallback="failed")
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -191,11 +226,17 @@ class WorkerSide:
         self._capture.end_pass()
         completed, self._completed = self._completed, []
         for req_id, item in completed:
-            layers = self._capture.finish(req_id, item.index)
-            base = self._requests[req_id].positions[:, item.span.start : item.span.end]
-            if self._store.put_kv(item.key, base, layers):
+            try:
+                layers = self._capture.finish(req_id, item.index)
+                base = self._requests[req_id].positions[:, item.span.start : item.span.end]
+                stored = self._store.put_kv(item.key, base, layers) > 0
+            except Exception:
+                logger.exception("VLCache: segment of request %s could not be stored", req_id)
+                stored = False
+            if stored:
                 self._report.stored[item.key] = 1
             else:
+                self._report.failed("store")
                 self._report.lost.add(item.key)
 
     def take_report(self) -> StepReport | None:

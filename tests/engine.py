@@ -1,0 +1,267 @@
+"""Real vLLM engines for tests, each in a process of its own.
+
+One engine fills a process's global state, so every engine gets a child process; inside it, engine,
+scheduler and worker run in that one process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), and tests can
+send functions there to look inside.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+    "LMCACHE_TRACK_USAGE": "false",
+}
+
+
+def grid(seed: int, width: int, height: int) -> np.ndarray:
+    """A picture of coloured 28 px cells: uint8 [height, width, 3]."""
+    cells = np.random.default_rng(seed).integers(
+        0, 255, (-(-height // 28), -(-width // 28), 3), dtype=np.uint8
+    )
+    return np.kron(cells, np.ones((28, 28, 1), dtype=np.uint8))[:height, :width]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request.
+
+    Attributes:
+        text: prompt with `IMAGE` and `VIDEO` placeholders.
+        images: (seed, side in px) or (seed, width, height) of each image.
+        videos: (seed, side in px, frames) of each video.
+        vlcache: the request's `kv_transfer_params["vlcache"]`.
+        sampling: further `SamplingParams`.
+    """
+
+    text: str
+    images: tuple[tuple[int, ...], ...] = ()
+    videos: tuple[tuple[int, int, int], ...] = ()
+    max_tokens: int = 1
+    vlcache: Any = None
+    cache_salt: str | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    def image_arrays(self) -> list[np.ndarray]:
+        """The images' pixels."""
+        return [grid(spec[0], spec[1], spec[-1]) for spec in self.images]
+
+    def video_arrays(self) -> list[np.ndarray]:
+        """The videos' frames: uint8 [frames, side, side, 3]."""
+        return [
+            np.stack([grid(1000 * seed + frame, side, side) for frame in range(frames)])
+            for seed, side, frames in self.videos
+        ]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back.
+
+    Attributes:
+        prompt: token ids with placeholders expanded.
+        tokens: generated token ids.
+        logprobs: float64 [generated tokens, vocabulary].
+        figures: `kv_transfer_params["vlcache"]` of the response, None without.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: np.ndarray
+    figures: dict[str, Any] | None
+    finish_reason: str | None
+
+
+class Engine:
+    """A vLLM engine in a child process.
+
+    Args:
+        connector: `kv_connector_extra_config`; None runs plain vLLM.
+        environment: of the child, over the defaults.
+        arguments: of `vllm.LLM`.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        connector: dict[str, Any] | None,
+        environment: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, child = context.Pipe()
+        if connector is not None:
+            arguments.setdefault(
+                "kv_transfer_config",
+                {
+                    "kv_connector": "VLCacheConnector",
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": {
+                        "cpu_bytes": "128MiB",
+                        "encoder_cpu_bytes": "64MiB",
+                        **connector,
+                    },
+                },
+            )
+        defaults = {
+            "enforce_eager": True,
+            "dtype": "float32",
+            "max_model_len": 4096,
+            "max_logprobs": -1,
+            "limit_mm_per_prompt": {"image": 6, "video": 2},
+            "seed": 0,
+        }
+        self._process = context.Process(
+            target=_serve,
+            args=(
+                child,
+                str(model),
+                {**_ENVIRONMENT, **(environment or {})},
+                {**defaults, **arguments},
+            ),
+            daemon=False,
+        )
+        self._process.start()
+        child.close()
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, *asks: Ask) -> list[Answer]:
+        """Run requests together."""
+        self._connection.send(("ask", asks))
+        return self._receive()
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run `function(llm, *arguments)` in the engine's process; it must be importable there."""
+        self._connection.send(("call", (function, arguments)))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            ok, value = self._connection.recv()
+        except EOFError:
+            self._process.join(10)
+            raise RuntimeError(f"the engine died, exit code {self._process.exitcode}") from None
+        if not ok:
+            raise EngineError(value)
+        return value
+
+    def close(self) -> None:
+        """End the child."""
+        self._connection.close()
+        self._process.join(30)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+class EngineError(RuntimeError):
+    """Something raised inside the engine's process; the message is its traceback."""
+
+
+def _serve(
+    connection: Connection, model: str, environment: dict[str, str], arguments: dict[str, Any]
+) -> None:
+    os.environ.update(environment)
+    try:
+        from vllm import LLM
+
+        llm = LLM(model=model, **arguments)
+        connection.send((True, None))
+    except BaseException:
+        connection.send((False, traceback.format_exc()))
+        return
+    while True:
+        try:
+            operation, payload = connection.recv()
+        except EOFError:
+            break
+        try:
+            if operation == "ask":
+                value = run(llm, payload)
+            else:
+                function, args = payload
+                value = function(llm, *args)
+            connection.send((True, value))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+    llm.llm_engine.engine_core.shutdown()
+
+
+def request_of(ask: Ask) -> tuple[dict[str, Any], Any]:
+    """vLLM's prompt and sampling parameters for `ask`."""
+    from PIL import Image
+    from vllm import SamplingParams
+
+    prompt: dict[str, Any] = {"prompt": ask.text, "multi_modal_data": {}}
+    if ask.images:
+        prompt["multi_modal_data"]["image"] = [Image.fromarray(a) for a in ask.image_arrays()]
+    if ask.videos:
+        metadata = {"fps": 2.0, "video_backend": "opencv", "do_sample_frames": False}
+        prompt["multi_modal_data"]["video"] = [
+            (
+                frames,
+                {
+                    **metadata,
+                    "total_num_frames": len(frames),
+                    "duration": len(frames) / 2.0,
+                    "frames_indices": list(range(len(frames))),
+                },
+            )
+            for frames in ask.video_arrays()
+        ]
+    if ask.cache_salt is not None:
+        prompt["cache_salt"] = ask.cache_salt
+    extra = None if ask.vlcache is None else {"kv_transfer_params": {"vlcache": ask.vlcache}}
+    sampling = {
+        "max_tokens": ask.max_tokens,
+        "temperature": 0,
+        "logprobs": -1,
+        "ignore_eos": True,
+        "extra_args": extra,
+        **ask.sampling,
+    }
+    return prompt, SamplingParams(**sampling)
+
+
+def answer_of(output: Any, completion: int = 0) -> Answer:
+    """Turn vLLM's `RequestOutput` into an `Answer`."""
+    completed = output.outputs[completion]
+    logprobs = [
+        [entry.logprob for _, entry in sorted(step.items())] for step in completed.logprobs or []
+    ]
+    params = output.kv_transfer_params or {}
+    return Answer(
+        prompt=list(output.prompt_token_ids),
+        tokens=list(completed.token_ids),
+        logprobs=np.array(logprobs),
+        figures=params.get("vlcache"),
+        finish_reason=completed.finish_reason,
+    )
+
+
+def run(llm: Any, asks: Sequence[Ask]) -> list[Answer]:
+    """Run `asks` together in this process."""
+    prompts, params = zip(*[request_of(ask) for ask in asks], strict=True)
+    return [answer_of(o) for o in llm.generate(list(prompts), list(params), use_tqdm=False)]

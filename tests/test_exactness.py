@@ -1,0 +1,169 @@
+"""Where nothing is approximate: ratio 1.0, the donor's own context, cold and text-only requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from engine import IMAGE, VIDEO, Answer, Ask, Engine
+
+FULL = {"recompute_ratio": 1.0}
+A, B, C = (11, 224), (12, 336, 224), (13, 224)
+CLIP = (14, 112, 4)
+
+DONORS = [
+    Ask(f"first seen {IMAGE} here", (A,)),
+    Ask(f"and {IMAGE} there, then {IMAGE}", (B, C)),
+    Ask(f"a clip {VIDEO} with {IMAGE}", (A,), (CLIP,)),
+]
+TARGETS = {
+    "one image": Ask(f"moved behind a longer text {IMAGE} describe it", (A,), max_tokens=32),
+    "three images permuted": Ask(
+        f"now {IMAGE} with {IMAGE} or {IMAGE} which one", (C, A, B), max_tokens=32
+    ),
+    "an image twice": Ask(f"twice {IMAGE} and again {IMAGE} same", (A, A), max_tokens=32),
+    "unknown in front of known": Ask(
+        f"new {IMAGE} then old {IMAGE} compare", ((99, 224), B), max_tokens=32
+    ),
+    "video": Ask(f"what happens in {VIDEO} now", (), (CLIP,), max_tokens=32),
+    "video behind an image": Ask(
+        f"see {IMAGE} and watch {VIDEO} then answer", (C,), (CLIP,), max_tokens=32
+    ),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "chunks of 256 tokens": {"max_num_batched_tokens": 256, "max_num_seqs": 8},
+    "no prefix caching": {"enable_prefix_caching": False},
+}
+
+
+def assert_same(actual: Answer, expected: Answer, tolerance: float = 1e-4) -> None:
+    assert actual.prompt == expected.prompt
+    assert actual.tokens == expected.tokens
+    np.testing.assert_allclose(actual.logprobs, expected.logprobs, rtol=0, atol=tolerance)
+
+
+def assert_ratio_one_is_exact(plain: Engine, cached: Engine, target: Ask) -> None:
+    for donor in DONORS:
+        cached.ask(donor)
+    [expected] = plain.ask(target)
+    [actual] = cached.ask(replace(target, vlcache=FULL))
+    assert actual.figures is not None
+    assert actual.figures["recomputed_tokens"] > 0
+    assert actual.figures["reused_tokens"] == 0
+    assert actual.figures["fallback"] is None
+    assert_same(actual, expected)
+
+
+CASES = [(name, "default") for name in TARGETS] + [
+    (name, setting)
+    for setting in SETTINGS
+    if setting != "default"
+    for name in ("three images permuted", "video behind an image")
+]
+
+
+@pytest.mark.parametrize(("name", "setting"), CASES)
+def test_ratio_one_equals_plain_vllm(
+    engines: Callable[..., Engine], name: str, setting: str
+) -> None:
+    assert_ratio_one_is_exact(engines(None), engines({}, **SETTINGS[setting]), TARGETS[name])
+
+
+@pytest.mark.slow
+def test_ratio_one_equals_plain_vllm_with_two_tensor_parallel_ranks(
+    engines: Callable[..., Engine],
+) -> None:
+    cached = engines(
+        {},
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    assert_ratio_one_is_exact(engines(None), cached, TARGETS["three images permuted"])
+
+
+@pytest.mark.slow
+def test_ratio_one_equals_plain_vllm_when_compiled(engines: Callable[..., Engine]) -> None:
+    cached = engines({}, enforce_eager=False)
+    assert_ratio_one_is_exact(engines(None), cached, TARGETS["three images permuted"])
+
+
+def stored_and_written_kv(llm: Any, target: Ask) -> tuple[np.ndarray, np.ndarray]:
+    """Run `target`; K and V of its first image as stored, and as written to the paged cache."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from vlcache_connector.worker import injection
+
+    written: dict[str, Any] = {}
+    original = injection.write_kv
+
+    def spy(layer: Any, key: Any, value: Any, slots: Any) -> None:
+        written[layer.layer_name] = (key.clone(), value.clone())
+        original(layer, key, value, slots)
+
+    worker = get_kv_transfer_group()._worker
+    [(key, _)] = [entry for entry in worker._store._resident if entry[1] == "kv"]
+    injection.write_kv = spy
+    try:
+        from engine import run
+
+        run(llm, [target])
+    finally:
+        injection.write_kv = original
+    with worker._store.get(key, "kv") as segment:
+        stored = [segment.layer(i) for i in range(len(written))]
+        return (
+            np.stack([np.stack([k.numpy(), v.numpy()]) for k, v in stored]),
+            np.stack([np.stack([k.numpy(), v.numpy()]) for k, v in written.values()]),
+        )
+
+
+def test_donors_own_context_is_bit_equal(tiny_model: Callable[..., Any]) -> None:
+    engine = Engine(tiny_model(), {"min_recompute_tokens": 0}, enable_prefix_caching=False)
+    try:
+        ask = Ask(f"the very same {IMAGE} prompt", (A,), vlcache={"recompute_ratio": 0.0})
+        [cold] = engine.ask(ask)
+        stored, written = engine.call(stored_and_written_kv, ask)
+        assert stored.dtype == np.float32
+        np.testing.assert_array_equal(written, stored)
+        [warm] = engine.ask(ask)
+        assert warm.figures is not None
+        assert warm.figures["reused_tokens"] == 64
+        assert_same(warm, cold)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        Ask("no image at all, only text", max_tokens=16),
+        Ask("text " * 150 + "end", max_tokens=8),
+        Ask(f"a cold {IMAGE} and {IMAGE}", ((31, 224), (32, 336, 224)), max_tokens=8),
+        Ask(f"a cold clip {VIDEO}", (), ((33, 112, 4),), max_tokens=8),
+    ],
+    ids=["text", "long text", "cold images", "cold video"],
+)
+def test_text_only_and_cold_requests_are_bit_equal(
+    engines: Callable[..., Engine], ask: Ask
+) -> None:
+    plain, cached = engines(None), engines({})
+    [expected], [actual] = plain.ask(ask), cached.ask(ask)
+    assert actual.tokens == expected.tokens
+    np.testing.assert_array_equal(actual.logprobs, expected.logprobs)
+
+
+def test_disabled_requests_are_bit_equal(engines: Callable[..., Engine]) -> None:
+    plain, cached = engines(None), engines({})
+    target = Ask(f"switched off for {IMAGE} here", (A,), max_tokens=4)
+    for donor in DONORS:
+        cached.ask(donor)
+    [expected] = plain.ask(target)
+    [actual] = cached.ask(replace(target, vlcache={"enabled": False}))
+    assert actual.figures is not None
+    assert actual.figures["computed_tokens"] == 0
+    np.testing.assert_array_equal(actual.logprobs, expected.logprobs)

@@ -1,0 +1,127 @@
+"""Content keys: nothing that differs shares one, and they stay what they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlcache_connector.keys import digest, encoder_key, segment_key
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a key is made from.
+
+    Attributes:
+        kind: "kv" or "encoder"; the latter has neither salt nor rank.
+    """
+
+    kind: str
+    identifier: str
+    fingerprint: str
+    salt: str | None
+    tp_rank: int | None
+
+    @property
+    def key(self) -> str:
+        if self.kind == "encoder":
+            return encoder_key(self.identifier, fingerprint=self.fingerprint)
+        return segment_key(
+            self.identifier, fingerprint=self.fingerprint, salt=self.salt, tp_rank=self.tp_rank
+        )
+
+
+# Words that look like each other's neighbours in the text that is hashed.
+words = st.sampled_from(
+    ["", "a", "b", "ab", "null", "None", "0", "1", '"', '","salt":"a', "\\", "é", "\ud800", "\0"]
+) | st.text(max_size=4)
+kv_names = st.builds(
+    Named,
+    kind=st.just("kv"),
+    identifier=words,
+    fingerprint=words,
+    salt=st.none() | words,
+    tp_rank=st.none() | st.integers(0, 3),
+)
+encoder_names = st.builds(
+    Named,
+    kind=st.just("encoder"),
+    identifier=words,
+    fingerprint=words,
+    salt=st.none(),
+    tp_rank=st.none(),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(a=kv_names | encoder_names, b=kv_names | encoder_names)
+def test_keys_are_equal_exactly_when_all_they_are_made_from_is(a: Named, b: Named) -> None:
+    assert (a.key == b.key) == (a == b)
+
+
+@settings(deadline=None, max_examples=50)
+@given(name=kv_names, other=words, rank=st.integers(0, 7))
+def test_a_change_of_any_single_part_changes_the_key(name: Named, other: str, rank: int) -> None:
+    changed = {
+        Named("kv", other, name.fingerprint, name.salt, name.tp_rank),
+        Named("kv", name.identifier, other, name.salt, name.tp_rank),
+        Named("kv", name.identifier, name.fingerprint, other, name.tp_rank),
+        Named("kv", name.identifier, name.fingerprint, None, name.tp_rank),
+        Named("kv", name.identifier, name.fingerprint, name.salt, rank),
+        Named("kv", name.identifier, name.fingerprint, name.salt, None),
+        Named("encoder", name.identifier, name.fingerprint, None, None),
+    } - {name}
+    assert name.key not in {each.key for each in changed}
+    assert len({each.key for each in changed}) == len(changed)
+
+
+def test_no_salt_is_a_namespace_of_its_own() -> None:
+    salts = [None, "", "None", "null"]
+    assert len({segment_key("image", fingerprint="model", salt=salt) for salt in salts}) == 4
+
+
+def test_no_rank_is_not_rank_zero() -> None:
+    common = segment_key("image", fingerprint="model", salt=None)
+    assert common != segment_key("image", fingerprint="model", salt=None, tp_rank=0)
+
+
+def test_encoder_rows_and_kv_of_an_item_have_different_keys() -> None:
+    assert encoder_key("image", fingerprint="model") != segment_key(
+        "image", fingerprint="model", salt=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (
+            segment_key("image", fingerprint="model", salt=None),
+            "b996cd321e424fddf7702a7844d162738b24f91e9b76a4f00b568d04018eeb5c",
+        ),
+        (
+            segment_key("image", fingerprint="model", salt="tenant", tp_rank=1),
+            "488dd0ac6bb56f36f4762a59d612fffd4ad4c655988b8a6e19a2846e1e4492ee",
+        ),
+        (
+            encoder_key("image", fingerprint="model"),
+            "25ed0b85b3ada6e0c563ddb2b9fb16e1abc6ec6d6f3928a521e5af6130ad1216",
+        ),
+    ],
+    ids=["kv", "kv of a rank", "encoder"],
+)
+def test_keys_of_this_format_version_never_change(key: str, expected: str) -> None:
+    """Another digest means that stores of running systems are silently lost: raise
+    `FORMAT_VERSION` if that is meant."""
+    assert key == expected
+
+
+def test_the_order_of_parts_does_not_matter() -> None:
+    assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1})
+
+
+@pytest.mark.parametrize("other", ["1", 1.5, True, None, [1], {"a": 1}])
+def test_the_type_of_a_part_matters(other: object) -> None:
+    assert digest({"a": 1}) != digest({"a": other})

@@ -1,0 +1,157 @@
+"""Reuse together with other features of vLLM, and through `vllm serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine import IMAGE, Ask, Engine, EngineError, answer_of, request_of
+from serving import VLLMServer, chat, image_part, make_client, make_image, text_part
+
+A, B = (81, 224), (82, 336, 224)
+DONOR = Ask(f"seen before {IMAGE} and {IMAGE}", (A, B))
+TARGET = Ask(f"both again, moved {IMAGE} and {IMAGE} ok", (B, A), max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def engine(engines: Callable[..., Engine]) -> Engine:
+    engine = engines({})
+    engine.ask(DONOR)
+    return engine
+
+
+def several_completions(llm: Any, ask: Ask, n: int) -> list[Any]:
+    prompt, params = request_of(replace(ask, sampling={"n": n}))
+    [output] = llm.generate([prompt], [params], use_tqdm=False)
+    return [answer_of(output, i) for i in range(n)]
+
+
+def test_several_completions_of_one_prompt(engine: Engine) -> None:
+    [single] = engine.ask(TARGET)
+    for answer in engine.call(several_completions, replace(TARGET, text="so " + TARGET.text), 3):
+        assert len(answer.tokens) == len(single.tokens)
+    answers = engine.call(several_completions, TARGET, 3)
+    for answer in answers:
+        assert answer.tokens == single.tokens
+        np.testing.assert_allclose(answer.logprobs, single.logprobs, rtol=0, atol=1e-4)
+
+
+def structured(llm: Any, ask: Ask) -> str:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    prompt, params = request_of(
+        replace(ask, sampling={"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])})
+    )
+    params.ignore_eos = False
+    [output] = llm.generate([prompt], [params], use_tqdm=False)
+    assert output.kv_transfer_params["vlcache"]["reused_tokens"] > 0
+    return output.outputs[0].text
+
+
+def test_structured_output(engine: Engine) -> None:
+    ask = Ask(f"answer yes or no about {IMAGE} please", (A,), max_tokens=16)
+    assert engine.call(structured, ask) in ("yes", "no")
+
+
+def test_salts_do_not_share_segments(engine: Engine) -> None:
+    def reused(text: str, salt: str | None) -> int:
+        [answer] = engine.ask(Ask(text, (A,), cache_salt=salt))
+        assert answer.figures is not None
+        return answer.figures["reused_tokens"]
+
+    assert reused(f"salted one {IMAGE}", "tenant one") == 0
+    assert reused(f"salted one, moved {IMAGE}", "tenant one") > 0
+    assert reused(f"salted two {IMAGE}", "tenant two") == 0
+    assert reused(f"not salted {IMAGE}", None) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("role", "stores", "reuses"),
+    [("kv_producer", True, False), ("kv_consumer", False, False)],
+)
+def test_roles(tiny_model: Callable[..., Path], role: str, stores: bool, reuses: bool) -> None:
+    engine = Engine(
+        tiny_model(),
+        None,
+        kv_transfer_config={
+            "kv_connector": "VLCacheConnector",
+            "kv_connector_module_path": "vlcache_connector.connector",
+            "kv_role": role,
+            "kv_connector_extra_config": {"cpu_bytes": "64MiB", "encoder_cpu_bytes": "64MiB"},
+        },
+    )
+    try:
+        engine.ask(DONOR)
+        [answer] = engine.ask(TARGET)
+        assert answer.figures is not None
+        assert (answer.figures["reused_tokens"] > 0) == reuses
+        assert (engine.call(num_segments) > 0) == stores
+    finally:
+        engine.close()
+
+
+def num_segments(llm: Any) -> int:
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    return len(scheduler.connector._scheduler._segments)
+
+
+@pytest.mark.slow
+def test_eviction_keeps_the_budget_and_answers(tiny_model: Callable[..., Path]) -> None:
+    """A budget of about three images: others come and go, in every order."""
+    engine = Engine(tiny_model(), {"cpu_bytes": "1MiB", "encoder_cpu_bytes": "1MiB"})
+    try:
+        images = [(90 + i, 224) for i in range(8)]
+        reused = 0
+        for round_ in range(3):
+            for i, image in enumerate(images):
+                [answer] = engine.ask(Ask(f"round {round_} image {i} {IMAGE} end", (image,)))
+                again = Ask(f"at once again, round {round_} image {i} {IMAGE} end", (image,))
+                [warm] = engine.ask(again)
+                assert answer.finish_reason == warm.finish_reason == "length"
+                assert warm.figures is not None
+                reused += warm.figures["reused_tokens"] > 0
+        assert reused == 3 * len(images)
+        assert engine.call(num_segments) <= 4
+    finally:
+        engine.close()
+
+
+@pytest.mark.slow
+def test_unsupported_options_end_the_start(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(EngineError, match=r"kv_cache_dtype=fp8.*allowed are auto"):
+        Engine(tiny_model(), {}, kv_cache_dtype="fp8", dtype="bfloat16")
+
+
+@pytest.mark.slow
+def test_vllm_serve_with_one_flag(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """The multi-process engine, found by name through the plug-in, over the OpenAI API."""
+    config = {"cpu_bytes": "64MiB", "encoder_cpu_bytes": "64MiB"}
+    with (
+        VLLMServer(
+            tiny_model(),
+            connector=config,
+            extra_args=["--enforce-eager", "--max-model-len", "2048", "--dtype", "float32"],
+            log_path=tmp_path / "server.log",
+        ) as server,
+        make_client() as client,
+    ):
+        picture = image_part(make_image(5, 224))
+
+        def figures(text: str, vlcache: dict[str, Any] | None = None) -> dict[str, Any]:
+            params = None if vlcache is None else {"vlcache": vlcache}
+            content = [text_part(text), picture, text_part("why")]
+            answer = chat(client, server, content, kv_transfer_params=params)
+            assert answer.kv_transfer_params is not None
+            return answer.kv_transfer_params["vlcache"]
+
+        assert figures("first")["reused_tokens"] == 0
+        assert figures("now behind a longer text")["reused_tokens"] > 0
+        assert figures("switched off", {"enabled": False})["computed_tokens"] == 0
+        assert figures("a bad ratio", {"recompute_ratio": 2})["reused_tokens"] > 0
+    log = (tmp_path / "server.log").read_text()
+    assert "kv_transfer_params.vlcache: recompute_ratio=2" in log
