@@ -94,7 +94,8 @@ class Engine:
     """A vLLM engine in a child process.
 
     Args:
-        connector: `kv_connector_extra_config`; None runs plain vLLM.
+        connector: `kv_connector_extra_config`, over small budgets and no least number of
+            recomputed tokens; None runs plain vLLM.
         environment: of the child, over the defaults.
         arguments: of `vllm.LLM`.
     """
@@ -117,6 +118,7 @@ class Engine:
                     "kv_connector_extra_config": {
                         "cpu_bytes": "128MiB",
                         "encoder_cpu_bytes": "64MiB",
+                        "min_recompute_tokens": 0,
                         **connector,
                     },
                 },

@@ -101,7 +101,7 @@ ARGUMENTS = {"max_num_batched_tokens": 512, "max_model_len": 1024, "block_size":
 
 
 def engine_with_donors(model: Path, **arguments: Any) -> Engine:
-    engine = Engine(model, {"min_recompute_tokens": 0}, **ARGUMENTS, **arguments)
+    engine = Engine(model, {}, **ARGUMENTS, **arguments)
     for donor in DONORS:
         engine.ask(donor)
     return engine

@@ -52,7 +52,7 @@ def forget_segments(llm: Any) -> None:
 
 @pytest.fixture
 def engine(engines: Callable[..., Engine]) -> Engine:
-    engine = engines({"min_recompute_tokens": 0, "recompute_ratio": 0.1})
+    engine = engines({})
     engine.ask(Ask(f"donor {IMAGE} and {IMAGE}", (A, B)))
     engine.call(forget_vllms_encoder_cache)
     return engine
@@ -65,12 +65,15 @@ def test_cold_images_run_the_encoder(engine: Engine) -> None:
 
 
 def test_warm_request_runs_no_encoder_and_only_text_and_recompute_sets(engine: Engine) -> None:
-    ask = Ask(f"a question {IMAGE} between {IMAGE} and an end", (B, A))
+    ratio = {"recompute_ratio": 0.1}
+    ask = Ask(f"a question {IMAGE} between {IMAGE} and an end", (B, A), vlcache=ratio)
     [answer] = engine.ask(ask)
     tokens = len(answer.prompt)
     # Tokens in front of, between and (recompute sets) in the images, none behind the last one.
     engine.call(forget_vllms_encoder_cache)
-    counts = engine.call(count, [Ask(f"Another question {IMAGE} between {IMAGE} and", (B, A))])
+    counts = engine.call(
+        count, [Ask(f"Another one {IMAGE} between {IMAGE} and", (B, A), vlcache=ratio)]
+    )
     assert counts["encoder"] == 0
     assert counts["sparse_passes"] == 1
     assert counts["sparse_tokens"] == counts["reported"]

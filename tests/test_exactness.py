@@ -12,12 +12,14 @@ from engine import IMAGE, VIDEO, Answer, Ask, Engine
 
 FULL = {"recompute_ratio": 1.0}
 A, B, C = (11, 224), (12, 336, 224), (13, 224)
+LARGE = (15, 560)
 CLIP = (14, 112, 4)
 
 DONORS = [
     Ask(f"first seen {IMAGE} here", (A,)),
     Ask(f"and {IMAGE} there, then {IMAGE}", (B, C)),
     Ask(f"a clip {VIDEO} with {IMAGE}", (A,), (CLIP,)),
+    Ask(f"a large one {IMAGE} here", (LARGE,)),
 ]
 TARGETS = {
     "one image": Ask(f"moved behind a longer text {IMAGE} describe it", (A,), max_tokens=32),
@@ -28,6 +30,7 @@ TARGETS = {
     "unknown in front of known": Ask(
         f"new {IMAGE} then old {IMAGE} compare", ((99, 224), B), max_tokens=32
     ),
+    "larger than a chunk": Ask(f"the large one {IMAGE} and {IMAGE}", (LARGE, A), max_tokens=32),
     "video": Ask(f"what happens in {VIDEO} now", (), (CLIP,), max_tokens=32),
     "video behind an image": Ask(
         f"see {IMAGE} and watch {VIDEO} then answer", (C,), (CLIP,), max_tokens=32
@@ -62,7 +65,7 @@ CASES = [(name, "default") for name in TARGETS] + [
     (name, setting)
     for setting in SETTINGS
     if setting != "default"
-    for name in ("three images permuted", "video behind an image")
+    for name in ("three images permuted", "larger than a chunk", "video behind an image")
 ]
 
 
@@ -71,6 +74,21 @@ def test_ratio_one_equals_plain_vllm(
     engines: Callable[..., Engine], name: str, setting: str
 ) -> None:
     assert_ratio_one_is_exact(engines(None), engines({}, **SETTINGS[setting]), TARGETS[name])
+
+
+def test_chunked_prefill_stores_and_reuses_the_same_kv(engines: Callable[..., Engine]) -> None:
+    """A chunk ends inside the image, in the donor's prefill and in the sparse prefill."""
+    target = Ask(f"moved, new {IMAGE} in front of {IMAGE} ok", ((16, 560), LARGE), max_tokens=4)
+    answers = []
+    for setting in ("default", "chunks of 256 tokens"):
+        cached = engines({}, **SETTINGS[setting])
+        cached.ask(DONORS[-1])
+        answers += cached.ask(target)
+    whole, chunked = answers
+    assert whole.figures is not None
+    assert chunked.figures is not None
+    assert chunked.figures["reused_tokens"] == whole.figures["reused_tokens"] == 380
+    assert_same(chunked, whole)
 
 
 @pytest.mark.slow
@@ -92,50 +110,43 @@ def test_ratio_one_equals_plain_vllm_when_compiled(engines: Callable[..., Engine
     assert_ratio_one_is_exact(engines(None), cached, TARGETS["three images permuted"])
 
 
-def stored_and_written_kv(llm: Any, target: Ask) -> tuple[np.ndarray, np.ndarray]:
-    """Run `target`; K and V of its first image as stored, and as written to the paged cache."""
+def cold_then_warm(llm: Any, ask: Ask) -> tuple[list[Answer], np.ndarray, np.ndarray]:
+    """Run `ask` twice; the answers, its image's KV as stored, and as written by the second run."""
+    from engine import run
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from vlcache_connector.worker import injection
 
+    worker = get_kv_transfer_group()._worker
+    known = set(worker._store._resident)
     written: dict[str, Any] = {}
     original = injection.write_kv
 
     def spy(layer: Any, key: Any, value: Any, slots: Any) -> None:
-        written[layer.layer_name] = (key.clone(), value.clone())
+        written[layer.layer_name] = np.stack([key.numpy(), value.numpy()])
         original(layer, key, value, slots)
 
-    worker = get_kv_transfer_group()._worker
-    [(key, _)] = [entry for entry in worker._store._resident if entry[1] == "kv"]
+    [cold] = run(llm, [ask])
+    [key] = [key for key, kind in set(worker._store._resident) - known if kind == "kv"]
     injection.write_kv = spy
     try:
-        from engine import run
-
-        run(llm, [target])
+        [warm] = run(llm, [ask])
     finally:
         injection.write_kv = original
     with worker._store.get(key, "kv") as segment:
-        stored = [segment.layer(i) for i in range(len(written))]
-        return (
-            np.stack([np.stack([k.numpy(), v.numpy()]) for k, v in stored]),
-            np.stack([np.stack([k.numpy(), v.numpy()]) for k, v in written.values()]),
-        )
+        stored = [np.stack([part.numpy() for part in segment.layer(i)]) for i in range(4)]
+        return [cold, warm], np.stack(stored), np.stack(list(written.values()))
 
 
-def test_donors_own_context_is_bit_equal(tiny_model: Callable[..., Any]) -> None:
-    engine = Engine(tiny_model(), {"min_recompute_tokens": 0}, enable_prefix_caching=False)
-    try:
-        ask = Ask(f"the very same {IMAGE} prompt", (A,), vlcache={"recompute_ratio": 0.0})
-        [cold] = engine.ask(ask)
-        stored, written = engine.call(stored_and_written_kv, ask)
-        assert stored.dtype == np.float32
-        np.testing.assert_array_equal(written, stored)
-        [warm] = engine.ask(ask)
-        assert warm.figures is not None
-        assert warm.figures["reused_tokens"] == 64
-        assert_same(warm, cold)
-    finally:
-        engine.close()
+def test_donors_own_context_is_bit_equal(engines: Callable[..., Engine]) -> None:
+    engine = engines({}, **SETTINGS["no prefix caching"])
+    ask = Ask(f"the very same {IMAGE} prompt", ((19, 224),), vlcache={"recompute_ratio": 0.0})
+    [cold, warm], stored, written = engine.call(cold_then_warm, ask)
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(written, stored)
+    assert warm.figures is not None
+    assert warm.figures["reused_tokens"] == 64
+    assert_same(warm, cold)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,17 @@ DONOR = Ask(f"see {IMAGE} and {IMAGE}", (A, B))
 TARGET = Ask(f"the same two, moved: {IMAGE} and {IMAGE} compare", (B, A), max_tokens=4)
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_model: Callable[..., Path]) -> Answer:
-    plain = Engine(tiny_model(), None)
-    try:
-        return plain.ask(TARGET)[0]
-    finally:
-        plain.close()
+@pytest.fixture
+def expected(engines: Callable[..., Engine]) -> Answer:
+    return engines(None).ask(TARGET)[0]
 
 
 @pytest.fixture
-def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
-    engine = Engine(tiny_model(), {"min_recompute_tokens": 0, "recompute_ratio": 0.0})
-    engine.ask(DONOR)
-    yield engine
-    engine.close()
+def engine(engines: Callable[..., Engine]) -> Engine:
+    """An engine that knows both images."""
+    engine = engines({})
+    engine.ask(replace(DONOR, text=f"another text, for what was lost is stored again {DONOR.text}"))
+    return engine
 
 
 def sides(llm: Any) -> tuple[Any, Any]:
@@ -40,101 +37,102 @@ def sides(llm: Any) -> tuple[Any, Any]:
 
 
 def lose_a_segment(llm: Any) -> None:
+    """The worker's store loses all that the scheduler side believes to be there."""
     _, worker = sides(llm)
-    key = next(key for key, kind in worker._store._resident if kind == "kv")
-    worker._store.remove(key, "kv")
+    for key, kind in list(worker._store._resident):
+        if kind == "kv":
+            worker._store.remove(key, "kv")
 
 
 def store_another_shape(llm: Any) -> None:
-    """Replace a segment by one that is a token short."""
+    """Replace all segments by ones that are a token short."""
     _, worker = sides(llm)
-    key = next(key for key, kind in worker._store._resident if kind == "kv")
-    with worker._store.get(key, "kv") as segment:
-        layers = [
-            tuple(part[:-1].clone() for part in segment.layer(i))
-            for i in range(len(worker._model.layer_names))
-        ]
-        positions = segment.info.positions[:, :-1].clone()
-    assert worker._store.put_kv(key, positions, layers) > 0
+    for key, kind in list(worker._store._resident):
+        if kind != "kv":
+            continue
+        with worker._store.get(key, "kv") as segment:
+            layers = [
+                tuple(part[:-1].clone() for part in segment.layer(i))
+                for i in range(len(worker._model.layer_names))
+            ]
+            positions = segment.info.positions[:, :-1].clone()
+        assert worker._store.put_kv(key, positions, layers) > 0
 
 
-def break_injection(llm: Any) -> None:
-    """The first layer that is written raises, in the middle of the sparse prefill."""
+def raise_fault(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("injected fault")
+
+
+def ask_with_broken(llm: Any, part: str, ask: Ask) -> tuple[Answer, dict[str, int]]:
+    """Run `ask` while a part of VLCache raises; the answer, and the failures counted meanwhile."""
+    from engine import run
+
     from vlcache_connector.worker import injection
 
-    original = injection.write_kv
-
-    def broken(*args: Any) -> None:
-        injection.write_kv = original
-        raise RuntimeError("injected fault")
-
-    injection.write_kv = broken
-
-
-def break_planning(llm: Any) -> None:
-    scheduler, _ = sides(llm)
-
-    def broken(*args: Any) -> Any:
-        raise RuntimeError("injected fault")
-
-    scheduler._plan = broken
-
-
-def break_the_store(llm: Any) -> None:
-    _, worker = sides(llm)
-
-    def broken(*args: Any) -> Any:
-        raise RuntimeError("injected fault")
-
-    worker._store.put_kv = broken
-    worker._store.get = broken
+    scheduler, worker = sides(llm)
+    owner, name = {
+        "injection": (injection, "write_kv"),
+        "planning": (scheduler, "_plan"),
+        "capture": (worker._capture, "on_kv_write"),
+        "store": (worker._store, "put_kv"),
+        "positions": (worker._model, "positions"),
+    }[part]
+    original = getattr(owner, name)
+    before = scheduler.failures.copy()
+    setattr(owner, name, raise_fault)
+    try:
+        [answer] = run(llm, [ask])
+    finally:
+        setattr(owner, name, original)
+    return answer, dict(scheduler.failures - before)
 
 
-def break_capture(llm: Any) -> None:
-    _, worker = sides(llm)
-
-    def broken(*args: Any) -> None:
-        raise RuntimeError("injected fault")
-
-    worker._capture.on_kv_write = broken
-
-
-def failures(llm: Any) -> dict[str, int]:
-    scheduler, _ = sides(llm)
-    return dict(scheduler.failures)
+@pytest.mark.parametrize("part", ["injection", "planning"])
+def test_output_is_that_of_a_full_recompute(engine: Engine, expected: Answer, part: str) -> None:
+    blind = replace(TARGET, vlcache={"recompute_ratio": 0.0})
+    answer, failures = engine.call(ask_with_broken, part, blind)
+    assert answer.figures is not None
+    assert answer.figures["reused_tokens"] == 0
+    assert sum(failures.values()) == 1
+    assert answer.tokens == expected.tokens
+    np.testing.assert_allclose(answer.logprobs, expected.logprobs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "fault", [lose_a_segment, store_another_shape, break_injection, break_planning]
-)
-def test_output_is_that_of_a_full_recompute(
+@pytest.mark.parametrize("part", ["capture", "store"])
+def test_what_cannot_be_stored_is_not_noticed(engine: Engine, part: str) -> None:
+    cold = Ask(f"never seen, {part} {IMAGE}", ((75 + len(part), 224),), max_tokens=4)
+    answer, failures = engine.call(ask_with_broken, part, cold)
+    assert answer.finish_reason == "length"
+    assert sum(failures.values()) > 0
+    [again] = engine.ask(replace(cold, text=f"still unknown {cold.text}"))
+    assert again.figures is not None
+    assert again.figures["reused_tokens"] == 0
+
+
+@pytest.mark.parametrize("fault", [lose_a_segment, store_another_shape])
+def test_a_lost_segment_is_computed_instead(
     engine: Engine, expected: Answer, fault: Callable[[Any], None]
 ) -> None:
-    # Both images are lost to this request only where the fault hits both.
     engine.call(fault)
-    [answer] = engine.ask(TARGET)
+    [answer] = engine.ask(replace(TARGET, vlcache={"recompute_ratio": 0.0}))
     assert answer.figures is not None
-    if fault in (break_injection, break_planning):
-        assert answer.figures["reused_tokens"] == 0
-        assert answer.tokens == expected.tokens
-        np.testing.assert_allclose(answer.logprobs, expected.logprobs, rtol=0, atol=1e-4)
-        assert sum(engine.call(failures).values()) > 0
-    else:
-        assert answer.figures["fallback"] == "segment lost"
-        assert 0 < answer.figures["reused_tokens"] < 160
-    # The engine goes on, and what was lost is stored again.
-    [again] = engine.ask(Ask("and " + TARGET.text, TARGET.images, max_tokens=4))
-    assert again.finish_reason == "length"
+    assert answer.figures["fallback"] == "segment lost"
+    assert answer.figures["reused_tokens"] == 0
+    assert answer.tokens == expected.tokens
+    np.testing.assert_allclose(answer.logprobs, expected.logprobs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_failing_capture_is_not_noticed(engine: Engine, expected: Answer) -> None:
-    engine.call(break_capture)
-    cold = Ask(f"never seen {IMAGE}", ((79, 224),), max_tokens=4)
-    [answer] = engine.ask(cold)
-    assert answer.finish_reason == "length"
-    assert engine.call(failures)["capture"] > 0
+def ask_without_anything(llm: Any, ask: Ask) -> list[Answer]:
+    """Run `ask` when neither segments nor encoder rows can be had."""
+    from engine import run
+
+    _, worker = sides(llm)
+    original = worker._store.get
+    worker._store.get = raise_fault
+    try:
+        return run(llm, [ask])
+    finally:
+        worker._store.get = original
 
 
 @pytest.mark.slow
@@ -154,8 +152,7 @@ def test_broken_store_follows_vllms_policy(
     )
     try:
         engine.ask(DONOR)
-        engine.call(break_the_store)
-        [answer] = engine.ask(TARGET)
+        [answer] = engine.call(ask_without_anything, TARGET)
         if policy == "recompute":
             assert answer.tokens == expected.tokens
             np.testing.assert_allclose(answer.logprobs, expected.logprobs, rtol=0, atol=1e-4)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,23 +16,19 @@ OFF = {"enabled": False}
 BLIND = {"recompute_ratio": 0.0}
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model: Callable[..., Path]) -> Path:
-    return tiny_model()
-
-
 @pytest.fixture
-def fresh(model: Path) -> Iterator[Callable[..., Engine]]:
-    """Engines that start with empty caches."""
-    made: list[Engine] = []
+def cached(engines: Callable[..., Engine]) -> Engine:
+    """An engine that knows the donors and nothing else."""
+    engine = engines({})
+    engine.call(forget_everything)
+    for donor in DONORS:
+        engine.ask(donor)
+    return engine
 
-    def make(connector: dict[str, Any] | None, **arguments: Any) -> Engine:
-        made.append(Engine(model, connector, **arguments))
-        return made[-1]
 
-    yield make
-    for engine in made:
-        engine.close()
+def forget_everything(llm: Any) -> None:
+    """Empty vLLM's prefix cache and VLCache."""
+    assert llm.reset_prefix_cache(reset_connector=True)
 
 
 def local_hits(llm: Any, ask: Ask) -> tuple[Answer, int]:
@@ -66,26 +61,22 @@ TARGET = Ask(f"{LONG} a question about {IMAGE} and {IMAGE} in the end", (B, A), 
 DONORS = (Ask(f"see {IMAGE} now", (A,)), Ask(f"look {IMAGE}", (B,)))
 
 
-def test_exact_request_after_approximate_one_equals_a_fresh_engine(
-    fresh: Callable[..., Engine],
+def test_exact_request_after_approximate_one(
+    engines: Callable[..., Engine], cached: Engine
 ) -> None:
-    cached = fresh({"min_recompute_tokens": 0})
-    for donor in DONORS:
-        cached.ask(donor)
     [approximate] = cached.ask(replace(TARGET, vlcache=BLIND))
     assert approximate.figures is not None
     assert approximate.figures["reused_tokens"] == 288
     exact, hits = cached.call(local_hits, replace(TARGET, vlcache=OFF))
     # The blocks in front of the first image are exact and may be shared.
     assert 0 < hits < exact.prompt.index(max(set(exact.prompt), key=exact.prompt.count)) + 1
-    [expected] = fresh(None).ask(TARGET)
+    [expected] = engines(None).ask(TARGET)
     assert np.abs(approximate.logprobs[0] - expected.logprobs[0]).max() > 1e-3
     assert exact.tokens == expected.tokens
     np.testing.assert_allclose(exact.logprobs, expected.logprobs, rtol=0, atol=1e-4)
 
 
-def test_two_exact_requests_share_blocks(fresh: Callable[..., Engine]) -> None:
-    cached = fresh({})
+def test_two_exact_requests_share_blocks(cached: Engine) -> None:
     off = replace(TARGET, vlcache=OFF)
     first, cold_hits = cached.call(local_hits, off)
     second, warm_hits = cached.call(local_hits, off)
@@ -94,10 +85,9 @@ def test_two_exact_requests_share_blocks(fresh: Callable[..., Engine]) -> None:
     assert second.tokens == first.tokens
 
 
-def test_exact_request_during_an_approximate_one(fresh: Callable[..., Engine]) -> None:
-    cached = fresh({"min_recompute_tokens": 0})
-    for donor in DONORS:
-        cached.ask(donor)
+def test_exact_request_during_an_approximate_one(
+    engines: Callable[..., Engine], cached: Engine
+) -> None:
     approximate, exact = cached.call(
         interleaved,
         replace(TARGET, vlcache=BLIND, max_tokens=24),
@@ -106,7 +96,7 @@ def test_exact_request_during_an_approximate_one(fresh: Callable[..., Engine]) -
     )
     assert approximate.figures is not None
     assert approximate.figures["reused_tokens"] == 288
-    [expected] = fresh(None).ask(TARGET)
+    [expected] = engines(None).ask(TARGET)
     assert exact.tokens == expected.tokens
     np.testing.assert_allclose(exact.logprobs, expected.logprobs, rtol=0, atol=1e-4)
 
@@ -133,26 +123,28 @@ def preempted(llm: Any, asks: list[Ask]) -> tuple[list[Answer], int]:
 
 
 @pytest.mark.slow
-def test_exact_requests_stay_exact_under_preemption(fresh: Callable[..., Engine]) -> None:
+def test_exact_requests_stay_exact_under_preemption(engines: Callable[..., Engine]) -> None:
     long = replace(TARGET, max_tokens=200)
-    [expected] = fresh(None).ask(long)
-    # Room for two and a half of these requests: decoding forces preemptions.
-    tokens = len(expected.prompt) + long.max_tokens
-    cached = fresh(
-        {"min_recompute_tokens": 0},
-        max_model_len=tokens,
+    [expected] = engines(None).ask(long)
+    # Two prompts fit, their answers do not: decoding forces preemptions.
+    prompt_blocks = len(expected.prompt) // 32 + 1
+    small = engines(
+        {},
+        max_model_len=len(expected.prompt) + 256,
         block_size=32,
-        num_gpu_blocks_override=5 * tokens // (2 * 32),
+        num_gpu_blocks_override=2 * prompt_blocks + 6,
     )
     for donor in DONORS:
-        cached.ask(donor)
-    asks = [replace(long, vlcache=BLIND), replace(long, vlcache=OFF), replace(long, vlcache=BLIND)]
-    answers, preemptions = cached.call(preempted, asks)
+        small.ask(donor)
+    # Before any exact request leaves blocks that would make a blind one more exact.
+    blind = replace(long, vlcache=BLIND)
+    other = replace(blind, text=f"another {LONG} question about {IMAGE} and {IMAGE} then")
+    alone = [small.ask(blind)[0], small.ask(other)[0]]
+    answers, preemptions = small.call(preempted, [blind, replace(long, vlcache=OFF), other])
     assert preemptions > 0
-    [blind_alone] = cached.ask(asks[0])
     assert answers[1].tokens == expected.tokens
     np.testing.assert_allclose(answers[1].logprobs, expected.logprobs, rtol=0, atol=1e-3)
-    for answer in (answers[0], answers[2]):
-        assert answer.tokens == blind_alone.tokens
-    [exact_after] = cached.ask(replace(TARGET, vlcache=OFF))
+    assert answers[0].tokens == alone[0].tokens
+    assert answers[2].tokens == alone[1].tokens
+    [exact_after] = small.ask(replace(TARGET, vlcache=OFF))
     np.testing.assert_allclose(exact_after.logprobs, expected.logprobs[:8], rtol=0, atol=1e-4)

@@ -47,7 +47,7 @@ def test_first_token_equals_the_reference(
     arch: str,
     ratio: float,
 ) -> None:
-    engine = engines({"min_recompute_tokens": 0}, arch)
+    engine = engines({}, arch)
     reference = references(arch)
     image = image_placeholder(arch)
     # Salts make donors of one ratio invisible to the others.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -69,13 +69,26 @@ def hits(manager: KVCacheManager, tokens: list[int] | None = None) -> int:
     return num_computed // BLOCK
 
 
-def prefill(manager: KVCacheManager, request: Request, num_external: int = 0) -> int:
-    """Allocate as vLLM's scheduler does, `num_external` tokens from a connector; the local hit."""
+def prefill(
+    manager: KVCacheManager,
+    request: Request,
+    num_external: int = 0,
+    ask: Callable[[int], None] | None = None,
+) -> int:
+    """Allocate as vLLM's scheduler does, `num_external` tokens from a connector.
+
+    Args:
+        ask: called with the local hit before anything is allocated, as a connector is.
+
+    Returns:
+        The local hit in tokens.
+    """
     blocks, num_local, _ = manager.get_computed_blocks(request)
-    num_new = request.num_tokens - num_local - num_external
+    if ask is not None:
+        ask(num_local)
     assert manager.allocate_slots(
         request,
-        num_new,
+        request.num_tokens - num_local - num_external,
         num_new_computed_tokens=num_local,
         new_computed_blocks=blocks,
         num_external_computed_tokens=num_external,
@@ -326,13 +339,10 @@ def test_a_preempted_request_that_resumes_on_its_own_blocks_still_hides_them() -
     fence.raise_at(request, 17)
     prefill(manager, request)
     prefill(manager, make_request("exact"))
-    decode(manager, request, outputs[:BLOCK])
+    decode(manager, request, outputs[:2])
     preempt(manager, request)
-    _, num_local, _ = manager.get_computed_blocks(request)
-    assert num_local >= LAST
-    fence.lift(request, num_local)
-    prefill(manager, request)
-    decode(manager, request, outputs[BLOCK:])
+    assert prefill(manager, request, ask=lambda num_local: fence.lift(request, num_local)) == LAST
+    decode(manager, request, outputs[2:])
     assert hits(manager, PROMPT + outputs) == NUM_BLOCKS
 
 

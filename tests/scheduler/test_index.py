@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from vlcache_connector.scheduler.index import ResidencyIndex
 
@@ -180,6 +180,12 @@ class Residency(RuleBasedStateMachine):
     def forget(self, key: str) -> None:
         del self.sizes[key], self.missing[key]
 
+    @initialize(sizes=st.lists(st.integers(5, 12), max_size=4))
+    def begin_with_ready_keys(self, sizes: list[int]) -> None:
+        for key, num_bytes in zip("abcd", sizes, strict=False):
+            self.reserve(key, num_bytes)
+            self.stored(key, RANKS)
+
     @rule(key=KEYS, num_bytes=st.integers(1, BUDGET + 5))
     def reserve(self, key: str, num_bytes: int) -> None:
         known = key in self.sizes
@@ -214,10 +220,11 @@ class Residency(RuleBasedStateMachine):
         self.sizes[key] = self.sizes.pop(key)
         self.promises[0].add(key)
 
-    @rule()
-    def settle(self) -> None:
-        self.index.settle()
-        self.promises = [set(), self.promises[0]]
+    @rule(steps=st.integers(1, 3))
+    def settle(self, steps: int) -> None:
+        for _ in range(steps):
+            self.index.settle()
+            self.promises = [set(), self.promises[0]]
 
     @rule(key=KEYS)
     def lost(self, key: str) -> None:

@@ -91,8 +91,10 @@ def _run_in_vllm(model_dir: str, arch: str) -> dict[str, Any]:
     sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=20)
 
     def generate(body: str, **data: list[Any]) -> dict[str, Any]:
-        request = {"prompt": _prompt(body), "multi_modal_data": data}
+        request: Any = {"prompt": _prompt(body), "multi_modal_data": data}
         (result,) = llm.generate(request, sampling, use_tqdm=False)
+        assert result.prompt_token_ids is not None
+        assert result.outputs[0].logprobs is not None
         return {
             "text": result.outputs[0].text,
             "output_tokens": len(result.outputs[0].token_ids),
@@ -195,7 +197,7 @@ def test_vllm_loads_and_runs_the_model(arch: str, size: str, tmp_path: Path) -> 
         },
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
@@ -234,7 +236,7 @@ def test_chat_template_takes_text_images_and_videos(model: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     image_text, video_text = _placeholders(model.name)
-    messages = [
+    messages: list[Any] = [
         {
             "role": "user",
             "content": [
@@ -338,10 +340,9 @@ def test_model_sizes(arch: str) -> None:
     import torch
 
     def parameters(size: str) -> int:
-        ids = {
-            token: make_tiny.BPE_VOCAB_SIZE
-            for token in make_tiny.QWEN_SPECIAL_TOKENS + make_tiny.LLAVA_SPECIAL_TOKENS
-        }
+        ids = dict.fromkeys(
+            make_tiny.QWEN_SPECIAL_TOKENS + make_tiny.LLAVA_SPECIAL_TOKENS, make_tiny.BPE_VOCAB_SIZE
+        )
         with torch.device("meta"):
             model = make_tiny._build_model(arch, make_tiny.DIMS[size], ids)
         return sum(parameter.numel() for parameter in model.parameters())

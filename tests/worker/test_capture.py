@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from vllm.config import CacheConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-from vlcache_connector.protocol import Span
+from vlcache_connector.attention import hook
+from vlcache_connector.protocol import CapturePlan, Item, RequestContext, Span, StepPlan
+from vlcache_connector.store import LMCacheSegmentStore
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker.capture import SegmentCapture
+from vlcache_connector.worker.worker import WorkerSide
 
 LAYERS = ["layers.0.attn", "layers.1.attn", "layers.2.attn"]
 SHAPE = KVShape(
@@ -26,14 +37,13 @@ def make_capture(shape: KVShape = SHAPE) -> SegmentCapture:
     return SegmentCapture(LAYERS, shape, torch.device("cpu"))
 
 
-def values_of(layer: int, name: int, tokens: list[int], shape: KVShape = SHAPE) -> Tensor:
+def values_of(layer: int, rows: list[tuple[int, int]], shape: KVShape = SHAPE) -> Tensor:
     """K and V [2, n, kv_heads, head_dim] that tell layer, request, token, head and entry apart."""
     size = shape.num_kv_heads * shape.head_dim
-    base = torch.tensor(tokens, dtype=torch.float64).view(-1, 1) + 1000 * name + 100_000 * layer
-    keys = base + torch.arange(size, dtype=torch.float64) / (2 * size)
-    return (
-        torch.stack([keys, -keys]).view(2, -1, shape.num_kv_heads, shape.head_dim).to(shape.dtype)
-    )
+    row = torch.tensor([100_000 * layer + 1000 * name + token for name, token in rows])
+    phase = 0.7 * size * row.double()[:, None] + torch.arange(size)
+    kv = torch.stack([phase.sin(), phase.cos()])
+    return kv.view(2, -1, shape.num_kv_heads, shape.head_dim).to(shape.dtype)
 
 
 @dataclass
@@ -47,9 +57,9 @@ class Pass:
 
     def write(self, capture: SegmentCapture, shape: KVShape = SHAPE) -> None:
         slots = torch.tensor([slot for _, _, slot in self.rows], dtype=torch.int64)
+        rows = [(name, token) for name, token, _ in self.rows]
         for index, layer in enumerate(LAYERS):
-            rows = [values_of(index, name, [token], shape) for name, token, _ in self.rows]
-            key, value = torch.cat(rows, dim=1)
+            key, value = values_of(index, rows, shape)
             capture.on_kv_write(layer, key, value, slots)
         capture.end_pass()
 
@@ -60,7 +70,7 @@ def assert_captured(
     layers = capture.finish(str(name), item)
     assert len(layers) == len(LAYERS)
     for index, (key, value) in enumerate(layers):
-        expected = values_of(index, name, list(range(span.start, span.end)), shape)
+        expected = values_of(index, [(name, t) for t in range(span.start, span.end)], shape)
         assert torch.equal(key, expected[0])
         assert torch.equal(value, expected[1])
 
@@ -153,11 +163,11 @@ def test_rows_behind_the_slots_are_padding() -> None:
     capture = make_capture()
     capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([5, 4]))
     for index, layer in enumerate(LAYERS):
-        key, value = values_of(index, 1, [0, 1, 2, 3])
+        key, value = values_of(index, [(1, 0), (1, 1), (1, 2), (1, 3)])
         capture.on_kv_write(layer, key, value, torch.tensor([4, 5]))
     capture.end_pass()
     for index, (key, value) in enumerate(capture.finish("1", 0)):
-        assert torch.equal(torch.stack([key, value]), values_of(index, 1, [1, 0]))
+        assert torch.equal(torch.stack([key, value]), values_of(index, [(1, 1), (1, 0)]))
 
 
 def test_an_item_in_two_parts_of_one_pass_comes_together() -> None:
@@ -173,7 +183,7 @@ def test_keys_that_are_views_with_gaps_are_captured() -> None:
     capture = make_capture()
     capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([4, 5]))
     for index, layer in enumerate(LAYERS):
-        fused = torch.cat(list(values_of(index, 1, [0, 1])), dim=-1)
+        fused = torch.cat(list(values_of(index, [(1, 0), (1, 1)])), dim=-1)
         key, value = fused.chunk(2, dim=-1)
         assert not key.is_contiguous()
         capture.on_kv_write(layer, key, value, torch.tensor([4, 5]))
@@ -224,12 +234,15 @@ def test_slots_that_are_used_again_in_a_later_pass_are_not_taken_again() -> None
 def test_a_captured_segment_is_a_copy() -> None:
     capture = make_capture()
     capture.expect("1", 0, num_tokens=1, offset=0, slots=torch.tensor([3]))
-    key, value = values_of(0, 1, [0])
+    key, value = values_of(0, [(1, 0)])
     written = key.clone()
     for layer in LAYERS:
         capture.on_kv_write(layer, key, value, torch.tensor([3]))
+    capture.end_pass()
     key.zero_()
-    assert torch.equal(capture.finish("1", 0)[0][0], written)
+    layers = capture.finish("1", 0)
+    assert layers is not None
+    assert torch.equal(layers[0][0], written)
 
 
 def test_cancelling_a_request_gives_up_all_its_items_and_no_others() -> None:
@@ -242,8 +255,15 @@ def test_cancelling_a_request_gives_up_all_its_items_and_no_others() -> None:
     written.add(11, Span(5, 6), [2])
     written.write(capture)
     assert_captured(capture, 11, 0, Span(5, 6))
-    with pytest.raises(KeyError):
-        capture.finish("1", 0)
+    assert capture.finish("1", 0) is None
+
+
+def test_a_slot_that_is_not_written_spoils_the_segment() -> None:
+    capture, written = make_capture(), Pass()
+    capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([3, 9]))
+    written.add(1, Span(0, 2), [3, 8])
+    written.write(capture)
+    assert capture.finish("1", 0) is None
 
 
 def test_a_cancelled_item_can_be_captured_anew() -> None:
@@ -262,3 +282,104 @@ def test_cancelling_an_unknown_request_does_nothing() -> None:
     capture = make_capture()
     capture.cancel("nobody")
     assert len(capture) == 0
+
+
+def test_keys_of_another_shape_are_refused() -> None:
+    capture = make_capture()
+    capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([0, 1]))
+    with pytest.raises((RuntimeError, ValueError)):
+        capture.on_kv_write(
+            LAYERS[0], torch.ones(2, 2, 8), torch.ones(2, 2, 8), torch.tensor([0, 1])
+        )
+
+
+WORKER_SHAPE = KVShape(
+    num_layers=len(LAYERS), num_kv_heads=2, head_dim=32, dtype=torch.float32, block_size=32
+)
+
+
+@pytest.fixture
+def store() -> Iterator[LMCacheSegmentStore]:
+    shape = WORKER_SHAPE
+    made = LMCacheSegmentStore(
+        "org/model",
+        "print",
+        0,
+        1,
+        1 << 20,
+        shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        kv_dtype=shape.dtype,
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def worker(tiny_model: Callable[..., Path], store: LMCacheSegmentStore) -> Iterator[WorkerSide]:
+    """A worker side over attention layers without a model: it can capture, but not compute."""
+    shape = WORKER_SHAPE
+    hook.install()
+    config = VllmConfig(
+        model_config=ModelConfig(model=str(tiny_model()), dtype="float32", max_model_len=512),
+        cache_config=CacheConfig(block_size=shape.block_size),
+    )
+    with set_current_vllm_config(config):
+        layers = {
+            name: Attention(
+                shape.num_kv_heads,
+                shape.head_dim,
+                1.0,
+                num_kv_heads=shape.num_kv_heads,
+                cache_config=config.cache_config,
+                prefix=name,
+            )
+            for name in LAYERS
+        }
+    model: Any = SimpleNamespace(
+        layers=layers,
+        layer_names=LAYERS,
+        rotary=None,
+        positions=lambda token_ids, features: torch.arange(len(token_ids))[None],
+    )
+    group = KVCacheGroupSpec(LAYERS, layers[LAYERS[0]].get_kv_cache_spec(config))
+    side = WorkerSide(
+        model,
+        shape,
+        store,
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(4, [], [group]),
+        device=torch.device("cpu"),
+    )
+    yield side
+    side.close()
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="float32 KV on the CPU backend")
+@pytest.mark.filterwarnings("ignore:`LoggingHandler`:DeprecationWarning")
+@pytest.mark.parametrize("failing", [None, 0, 1])
+def test_a_segment_is_stored_only_if_all_its_chunks_were_captured(
+    worker: WorkerSide,
+    store: LMCacheSegmentStore,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: int | None,
+) -> None:
+    item = Item(index=0, span=Span(2, 6), key="key", encoder_key="rows")
+    worker.begin_step(StepPlan(contexts=[RequestContext("1", list(range(8)), (item,), [])]))
+    stored = 0
+    for number, chunk in enumerate([Span(2, 4), Span(4, 6)]):
+        with monkeypatch.context() as patched:
+            if number == failing:
+                # No argument fits: every call raises.
+                patched.setattr(SegmentCapture, "on_kv_write", lambda: None)
+            worker.expect_captures([CapturePlan("1", 0, "key", chunk, (0,))])
+            rows = [(1, token) for token in range(chunk.start, chunk.end)]
+            for index, layer in enumerate(LAYERS):
+                key, value = values_of(index, rows, WORKER_SHAPE)
+                worker.on_kv_write(layer, key, value, torch.arange(chunk.start, chunk.end))
+            worker.end_step()
+        report = worker.take_report()
+        stored += 0 if report is None else report.stored.get("key", 0)
+    assert stored == (failing is None)
+    assert store.contains("key", "kv") == (failing is None)

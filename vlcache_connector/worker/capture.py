@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,6 +14,11 @@ from ..support import KVShape
 class _Capture:
     kv: torch.Tensor
     """[num_layers, 2, n, kv_heads, head_dim]"""
+    tokens: int = 0
+    """Tokens whose KV was written in all layers."""
+    found: list[torch.Tensor] = field(default_factory=list)
+    """Per pass, whether all expected slots were written; read when the segment is finished, so
+    that no pass waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class SegmentCapture:
         self._captures: dict[tuple[str, int], _Capture] = {}
         self._wanted: list[_Wanted] = []
         self._rows: torch.Tensor | None = None
+        self._layers_written = 0
 
     def expect(
         self, req_id: str, item: int, *, num_tokens: int, offset: int, slots: torch.Tensor
@@ -65,11 +71,18 @@ class SegmentCapture:
         index = self._layer_index.get(layer_name)
         if not self._wanted or index is None:
             return
+        if key.shape[1:] != (self._shape.num_kv_heads, self._shape.head_dim):
+            raise ValueError(f"K of shape {list(key.shape)} was written, not of {self._shape}")
         if self._rows is None:
             # The same rows in all layers of a pass. Sorting finds them without a device sync.
             order = torch.argsort(slots)
             wanted = torch.cat([part.slots for part in self._wanted])
-            self._rows = order[torch.searchsorted(slots[order], wanted)]
+            ordered = slots[order]
+            places = torch.searchsorted(ordered, wanted).clamp_(max=len(slots) - 1)
+            self._rows = order[places]
+            found = (ordered[places] == wanted).all()
+            for part in self._wanted:
+                part.capture.found.append(found)
         start = 0
         for part in self._wanted:
             count = len(part.slots)
@@ -78,6 +91,7 @@ class SegmentCapture:
             torch.index_select(key, 0, rows, out=target[0])
             torch.index_select(value, 0, rows, out=target[1])
             start += count
+        self._layers_written += 1
 
     @property
     def is_armed(self) -> bool:
@@ -85,14 +99,22 @@ class SegmentCapture:
         return bool(self._wanted)
 
     def end_pass(self) -> None:
-        """The forward is over; nothing is expected any more."""
+        """The forward is over, or has failed; nothing is expected any more."""
+        if self._layers_written == len(self._layer_index):
+            for part in self._wanted:
+                part.capture.tokens += len(part.slots)
         self._wanted.clear()
         self._rows = None
+        self._layers_written = 0
 
-    def finish(self, req_id: str, item: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """K and V per layer, each [n, kv_heads, head_dim], of a completely captured item."""
-        kv = self._captures.pop((req_id, item)).kv
-        return [(layer[0], layer[1]) for layer in kv]
+    def finish(self, req_id: str, item: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """K and V per layer, each [n, kv_heads, head_dim]; None when any of it was missed."""
+        capture = self._captures.pop((req_id, item), None)
+        if capture is None or capture.tokens != capture.kv.shape[2]:
+            return None
+        if not all(bool(found) for found in capture.found):
+            return None
+        return [(layer[0], layer[1]) for layer in capture.kv]
 
     def cancel(self, req_id: str) -> None:
         """Give up all of a request's captures."""

@@ -205,8 +205,6 @@ class WorkerSide:
             self._report.failed("capture")
             logger.exception("VLCache: capture failed; the segments are not stored")
             self._capture.end_pass()
-            self._report.lost.update(item.key for _, item in self._completed)
-            self._completed.clear()
 
     def _give_up(self, plan: ReusePlan) -> None:
         first = plan.claim.start // self._shape.block_size
@@ -227,9 +225,7 @@ class WorkerSide:
         completed, self._completed = self._completed, []
         for req_id, item in completed:
             try:
-                layers = self._capture.finish(req_id, item.index)
-                base = self._requests[req_id].positions[:, item.span.start : item.span.end]
-                stored = self._store.put_kv(item.key, base, layers) > 0
+                stored = self._store_captured(req_id, item)
             except Exception:
                 logger.exception("VLCache: segment of request %s could not be stored", req_id)
                 stored = False
@@ -238,6 +234,13 @@ class WorkerSide:
             else:
                 self._report.failed("store")
                 self._report.lost.add(item.key)
+
+    def _store_captured(self, req_id: str, item: Item) -> bool:
+        layers = self._capture.finish(req_id, item.index)
+        if layers is None:
+            return False
+        base = self._requests[req_id].positions[:, item.span.start : item.span.end]
+        return self._store.put_kv(item.key, base, layers) > 0
 
     def take_report(self) -> StepReport | None:
         """What this step stored, lost and measured."""

@@ -1,0 +1,219 @@
+"""Tests of scripts/bench_ttft.py."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        return importlib.import_module("bench_ttft")
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+def _sample(bench: ModuleType, pair: int, system: str, ttft: float, **fields: Any) -> Any:
+    sample = {
+        "kind": "warm",
+        "image_px": 1120,
+        "images": 2,
+        "image_tokens": 3200,
+        "pair": pair,
+        "system": system,
+        "ratio": 0.05 if system == "vlcache" else None,
+        "ttft": ttft,
+        "seconds": ttft + 0.01,
+        "prompt_tokens": 3270,
+        "idle_server_cpu": 0.0,
+        "other_cpu": 0.01,
+    }
+    return bench.Sample(**(sample | fields))
+
+
+def _document(bench: ModuleType, path: Path) -> dict[str, Any]:
+    about = {
+        "started": "2026-01-01T00:00:00+00:00",
+        "command": "python scripts/bench_ttft.py",
+        "servers": {},
+        "git": {"commit": None, "changed": False},
+        "versions": {"python": "3.11.0"},
+        "machine": {"cpu": "CPU", "cores": 2},
+        "settings": {"model": "model", "dtype": "float32"},
+    }
+    record = bench.Record(path, about)
+    text = {"kind": "text", "image_px": 0, "images": 0, "image_tokens": 0, "prompt_tokens": 90}
+    for pair, (plain, mine) in enumerate([(2.0, 0.1), (4.0, 0.5), (3.0, 0.2)]):
+        record.add(
+            [_sample(bench, pair, "plain", plain), _sample(bench, pair, "vlcache", mine)]
+            + [_sample(bench, pair, "plain", 0.05, kind="repeat")] * (pair == 0)
+        )
+    record.add(
+        [
+            _sample(bench, 3, "vlcache", 0.11, ratio=None, **text),
+            _sample(bench, 3, "plain", 0.10, **text),
+        ]
+    )
+    document: dict[str, Any] = record.document
+    return document
+
+
+@pytest.mark.slow
+def test_quick(tmp_path: Path) -> None:
+    output = tmp_path / "results" / "ttft"
+    command = [
+        *(sys.executable, str(SCRIPTS / "bench_ttft.py"), "--quick", "--size", "tiny"),
+        *("--repetitions", "3", "--text-repetitions", "4", "--ratios", "0.05", "0.5"),
+        *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
+    ]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+
+    document = json.loads(output.with_name("ttft.json").read_text())
+    assert document["complete"] is True
+    assert "--quick --size tiny" in document["command"]
+    assert set(document["servers"]) == {"plain", "vlcache"}
+    assert "VLCacheConnector" in document["servers"]["vlcache"]
+    assert "VLCacheConnector" not in document["servers"]["plain"]
+    assert document["versions"]["vllm"]
+    assert document["machine"]["cores"] >= 1
+    samples = document["samples"]
+    assert all(0 < s["ttft"] <= s["seconds"] for s in samples)
+    assert {s["prompt_tokens"] for s in samples if s["kind"] == "text"} != set()
+    counts = {
+        kind: sum(s["kind"] == kind for s in samples) for kind in ("cold", "warm", "text", "repeat")
+    }
+    # Two sizes, one or two images, two ratios and plain vLLM.
+    assert counts == {"cold": 2 * 3 * 2, "warm": 2 * 2 * 3 * 3, "text": 2 * 4 * 2, "repeat": 8}
+    # Within a pair, prompts differ, but not in length.
+    for pair in {s["pair"] for s in samples}:
+        members = [s for s in samples if s["pair"] == pair]
+        assert len({s["prompt_tokens"] for s in members}) == 1
+        assert [s["system"] for s in members if s["kind"] != "repeat"].count("plain") == 1
+    assert len(document["figures"]) == 2 * 2 * 2
+    for entry in document["figures"]:
+        image_tokens = entry["images"] * (entry["image_px"] // 28) ** 2
+        assert entry["reused_tokens"] + entry["recomputed_tokens"] == image_tokens
+        assert entry["recomputed_tokens"] == pytest.approx(image_tokens * entry["ratio"], abs=16)
+
+    page = output.with_name("ttft.md").read_text()
+    assert "| 1120 px | 2 |" in page
+    assert "| text only |" in page
+    with Image.open(output.with_name("ttft.png")) as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 400
+    assert sorted(path.name for path in output.parent.iterdir()) == [
+        "ttft.json",
+        "ttft.md",
+        "ttft.png",
+    ]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_keeps_its_measurements(tmp_path: Path) -> None:
+    output = tmp_path / "ttft"
+    results = output.with_name("ttft.json")
+    command = [
+        *(sys.executable, str(SCRIPTS / "bench_ttft.py"), "--quick", "--size", "tiny"),
+        *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 900
+    try:
+        while not results.exists() or '"warm"' not in results.read_text():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.terminate()
+        process.wait(timeout=120)
+    assert process.returncode == 130, errors
+    assert str(results) in errors
+    assert json.loads(results.read_text())["complete"] is False
+
+    subprocess.run([*command, "--plot-only"], check=True, timeout=300, env=os.environ)
+    assert "interrupted" in output.with_name("ttft.md").read_text()
+    assert output.with_name("ttft.png").stat().st_size > 10_000
+
+
+def test_ratios_are_taken_within_pairs(bench: ModuleType, tmp_path: Path) -> None:
+    document = _document(bench, tmp_path / "ttft.json")
+    text, warm = bench.make_cells(bench.samples_of(document))
+    assert (warm.pairs, warm.ratio, warm.image_tokens) == (3, 0.05, 3200)
+    assert warm.plain == bench.Spread(3.0, 2.0, 4.0)
+    assert (warm.speed_up.median, warm.speed_up.low, warm.speed_up.high) == pytest.approx(
+        (15.0, 8.0, 20.0)
+    )
+    assert text.overhead.median == pytest.approx(1.1)
+    assert [met for _, _, met in bench.make_aims([text, warm])] == [False, True]
+
+
+def test_plot_only(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ttft.json"
+    document = _document(bench, path)
+    assert bench.read_record(path) == document
+    assert bench.main(["--plot-only", "--output", str(tmp_path / "ttft")]) == 0
+    page = (tmp_path / "ttft.md").read_text()
+    assert "15.0 (8.0-20.0)" in page
+    assert "interrupted" in page
+    with Image.open(tmp_path / "ttft.png") as picture:
+        assert picture.format == "PNG"
+    assert "15.0" in capsys.readouterr().out
+
+
+def test_bad_files_are_named(
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--plot-only", "--output", str(tmp_path / "ttft")]
+    assert bench.main(command) == 1
+    assert "ttft.json" in capsys.readouterr().err
+    for content, message in (("{", "is not JSON"), ('{"schema": 0}', "was not written by")):
+        (tmp_path / "ttft.json").write_text(content)
+        assert bench.main(command) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_files_are_replaced_at_once(bench: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    bench.write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        bench.write_text(path, "\ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "450"], "--sizes 450: must be a multiple of 28, 56 to 1792"),
+        (["--sizes", "1820"], "--sizes 1820"),
+        (["--images", "5"], "--images 5: must be between 1 and 4"),
+        (["--ratios", "1.5"], "--ratios 1.5: must be between 0 and 1"),
+        (["--repetitions", "0"], "--repetitions 0: must be at least 1"),
+        (["--model", "nowhere"], "--model nowhere: there is no config.json in it"),
+    ],
+)
+def test_bad_arguments(
+    bench: ModuleType,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(arguments)
+    assert message in capsys.readouterr().err
