@@ -25,19 +25,18 @@ def engine(engines: Callable[..., Engine]) -> Engine:
 
 
 def several_completions(llm: Any, ask: Ask, n: int) -> list[Any]:
-    prompt, params = request_of(replace(ask, sampling={"n": n}))
+    sampled = replace(ask, sampling={"n": n, "temperature": 1.0, "seed": 1})
+    prompt, params = request_of(sampled)
     [output] = llm.generate([prompt], [params], use_tqdm=False)
     return [answer_of(output, i) for i in range(n)]
 
 
 def test_several_completions_of_one_prompt(engine: Engine) -> None:
     [single] = engine.ask(TARGET)
-    for answer in engine.call(several_completions, replace(TARGET, text="so " + TARGET.text), 3):
-        assert len(answer.tokens) == len(single.tokens)
     answers = engine.call(several_completions, TARGET, 3)
+    assert len({tuple(answer.tokens) for answer in answers}) > 1
     for answer in answers:
-        assert answer.tokens == single.tokens
-        np.testing.assert_allclose(answer.logprobs, single.logprobs, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(answer.logprobs[0], single.logprobs[0], rtol=0, atol=1e-4)
 
 
 def test_cold_and_warm_deepstack_requests_in_one_step(engines: Callable[..., Engine]) -> None:

@@ -181,9 +181,7 @@ def _difference(first: dict[str, Any], second: dict[str, Any]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arch", "size"), [*((arch, "tiny") for arch in ARCHS), ("qwen2_5_vl", "bench")]
-)
+@pytest.mark.parametrize(("arch", "size"), [("llava_onevision", "tiny"), ("qwen2_5_vl", "bench")])
 def test_vllm_loads_and_runs_the_model(arch: str, size: str, tmp_path: Path) -> None:
     model = make_tiny.make_tiny_model(tmp_path / "model", arch, size)
     output = tmp_path / "results.json"
