@@ -98,9 +98,11 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def _make_scheduler_side(self) -> SchedulerSide:
         vllm_config = self._vllm_config
         segments, encoder_rows = indices.get_indices(vllm_config)
+        shape = kv_shape(vllm_config)
         return SchedulerSide(
             self._config,
-            kv_shape(vllm_config),
+            shape,
+            hash_block_size=self._kv_cache_config.hash_block_size or shape.block_size,
             fingerprint=model_fingerprint(vllm_config),
             max_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             encoder_row_bytes=indices.encoder_row_bytes(vllm_config),

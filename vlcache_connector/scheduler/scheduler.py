@@ -38,6 +38,7 @@ class SchedulerSide:
         config: VLCache's options.
         shape: of one token's KV on one rank.
         fingerprint: `support.model_fingerprint`.
+        hash_block_size: tokens per hash of vLLM's prefix cache.
         max_batched_tokens: `max_num_batched_tokens`, the most the sparse prefills of one step
             may compute unless a single request needs more.
         encoder_row_bytes: bytes of one encoder output row.
@@ -53,6 +54,7 @@ class SchedulerSide:
         shape: KVShape,
         *,
         fingerprint: str,
+        hash_block_size: int,
         max_batched_tokens: int,
         encoder_row_bytes: int,
         segments: ResidencyIndex,
@@ -63,6 +65,7 @@ class SchedulerSide:
         self._config = config
         self._shape = shape
         self._fingerprint = fingerprint
+        self._hash_block_size = hash_block_size
         self._max_batched_tokens = max_batched_tokens
         self._encoder_row_bytes = encoder_row_bytes
         self._segments = segments
@@ -81,7 +84,7 @@ class SchedulerSide:
         self._fence: PrefixFence | None = None
         if not config.share_approximate_prefix:
             self_test()
-            self._fence = PrefixFence(shape.block_size)
+            self._fence = PrefixFence(hash_block_size)
 
     def bind_kv_cache_manager(self, manager: KVCacheManager) -> None:
         """vLLM's KV cache manager, asked for the blocks of requests."""
@@ -113,8 +116,6 @@ class SchedulerSide:
         if tracked is None:
             return 0, False
         tracked.pending = None
-        if self._prefix_is_in_flight(request, num_computed):
-            return None, False
         try:
             plan = self._plan(tracked, num_computed)
         except Exception:
@@ -124,6 +125,8 @@ class SchedulerSide:
             if self._fence is not None:
                 self._fence.lift(request, num_computed)
             return 0, False
+        if self._prefix_is_in_flight(request, num_computed):
+            return None, False
         in_step = sum(other.num_computed for other in self._step_reuse)
         if in_step and in_step + plan.num_computed > self._max_batched_tokens:
             return None, False
@@ -211,11 +214,11 @@ class SchedulerSide:
         vLLM commits blocks when it schedules them, so a hit may rest on KV that the forward of
         this very step writes; the sparse prefill runs before it and would read nothing.
         """
-        last = num_computed // self._shape.block_size - 1
+        last = num_computed // self._hash_block_size - 1
         if last < 0:
             return False
         block_hash = request.block_hashes[last]
-        end = (last + 1) * self._shape.block_size
+        end = (last + 1) * self._hash_block_size
         return any(
             other is not request
             and other.status == RequestStatus.RUNNING
