@@ -32,6 +32,7 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import signal
 import statistics
@@ -79,6 +80,11 @@ WARM_UP_SEED = 1
 FIRST_SEED = 1000
 MAX_IMAGES = 4
 SYSTEMS = ("plain", "vlcache")
+ENGINE_METRICS = (
+    "request_prefill_time_seconds_count",
+    "request_queue_time_seconds_sum",
+    "request_prefill_time_seconds_sum",
+)
 PAUSE_SECONDS = 1.1
 """Longer than the second for which vLLM's workers poll for work before they sleep."""
 REPEATS = 2
@@ -153,6 +159,8 @@ class Sample:
         system: "plain" or "vlcache".
         ratio: recompute ratio that was asked for; None where none was.
         ttft: seconds to the first token.
+        engine: the part of `ttft` that the server's engine took by its own account; the rest is
+            HTTP, decoding and hashing of images, tokenizing. None where it gave no account.
         seconds: to the end of the answer (2 tokens).
         prompt_tokens: length of the prompt.
         idle_server_cpu: seconds of CPU time that the other server used meanwhile.
@@ -168,6 +176,7 @@ class Sample:
     system: str
     ratio: float | None
     ttft: float
+    engine: float | None
     seconds: float
     prompt_tokens: int
     idle_server_cpu: float
@@ -490,16 +499,22 @@ class Bench:
         self, request: Request, content: Sequence[Part], system: str, ratio: float | None
     ) -> Sample:
         what = f"{request.kind}, {_describe(request)}, {system}"
+        server = self._servers[system]
+        engine_before = self._engine_seconds(server)
         self._pause(what if ratio is None else f"{what} {ratio:g}")
         before = CpuTimes.now(self._groups)
         answer = chat_stream(
             self._client,
-            self._servers[system],
+            server,
             content,
             max_tokens=2,
             kv_transfer_params=None if ratio is None else _params(ratio),
         )
         after = CpuTimes.now(self._groups)
+        requests, engine = (
+            after - before
+            for before, after in zip(engine_before, self._engine_seconds(server), strict=True)
+        )
         idle = 1 - SYSTEMS.index(system)
         assert answer.ttft is not None
         return Sample(
@@ -511,11 +526,22 @@ class Bench:
             system=system,
             ratio=ratio,
             ttft=answer.ttft,
+            engine=engine if requests == 1 else None,
             seconds=answer.seconds,
             prompt_tokens=answer.prompt_tokens,
             idle_server_cpu=round(after.groups[idle] - before.groups[idle], 3),
             other_cpu=round(max(0.0, after.other - before.other), 3),
         )
+
+    def _engine_seconds(self, server: VLLMServer) -> tuple[float, float]:
+        """How many requests the engine has answered, and its time to all their first tokens."""
+        page = self._client.get(f"{server.base_url}/metrics").text
+        totals = dict.fromkeys(ENGINE_METRICS, 0.0)
+        for name, value in re.findall(r"^vllm:(\w+)\{.*\} (\S+)$", page, re.MULTILINE):
+            if name in totals:
+                totals[name] += float(value)
+        requests, *seconds = totals.values()
+        return requests, sum(seconds)
 
     def _pause(self, what: str) -> None:
         """Until both servers are idle, and the machine, too, if that is asked for."""

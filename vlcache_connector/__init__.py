@@ -8,9 +8,11 @@ def register() -> None:
     from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
+    from . import frontend
     from .attention import hook
     from .worker import model
 
+    frontend.refuse_missing_embeddings()
     hook.install()
     model.remember_loaded_models()
     for factory, name, module in (

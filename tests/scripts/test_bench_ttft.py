@@ -2,11 +2,8 @@
 
 import importlib
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,35 +117,6 @@ def test_quick(tmp_path: Path) -> None:
         "ttft.md",
         "ttft.png",
     ]
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_keeps_its_measurements(tmp_path: Path) -> None:
-    output = tmp_path / "ttft"
-    results = output.with_name("ttft.json")
-    command = [
-        *(sys.executable, str(SCRIPTS / "bench_ttft.py"), "--quick", "--size", "tiny"),
-        *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 900
-    try:
-        while not results.exists() or '"warm"' not in results.read_text():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.terminate()
-        process.wait(timeout=120)
-    assert process.returncode == 130, errors
-    assert str(results) in errors
-    assert json.loads(results.read_text())["complete"] is False
-
-    subprocess.run([*command, "--plot-only"], check=True, timeout=300, env=os.environ)
-    assert "interrupted" in output.with_name("ttft.md").read_text()
-    assert output.with_name("ttft.png").stat().st_size > 10_000
 
 
 def test_ratios_are_taken_within_pairs(bench: ModuleType, tmp_path: Path) -> None:
