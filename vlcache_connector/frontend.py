@@ -1,9 +1,9 @@
 """Keeps vLLM's frontend as strict with the connector as it is without.
 
-vLLM seam, patched: `VllmConfig._resolve_mm_embedding_inputs` (`vllm/config/vllm.py`). vLLM takes any
-KV or encoder consumer for the decoding half of a split deployment, whose clients send embeddings
-instead of images and may leave out the tensor. VLCache serves images: with that door open, one
-request without its tensor would end the engine.
+vLLM seam, patched: `VllmConfig._resolve_mm_embedding_inputs` (`vllm/config/vllm.py`). vLLM takes
+any KV or encoder consumer for the decoding half of a split deployment, whose clients send
+embeddings instead of images and may leave out the tensor. VLCache serves images: with that door
+open, one request without its tensor would end the engine.
 """
 
 from __future__ import annotations
