@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine import IMAGE, Ask, Engine, EngineError, answer_of, request_of
 from serving import VLLMServer, chat, image_part, make_client, make_image, text_part
 
@@ -162,5 +165,16 @@ def test_vllm_serve_with_one_flag(tiny_model: Callable[..., Path], tmp_path: Pat
         assert figures("now behind a longer text")["reused_tokens"] > 0
         assert figures("switched off", {"enabled": False})["computed_tokens"] == 0
         assert figures("a bad ratio", {"recompute_ratio": 2})["reused_tokens"] > 0
+        grid = io.BytesIO()
+        torch.save(torch.tensor([1, 8, 8]), grid)
+        without_tensor = {"image_grid_thw": base64.b64encode(grid.getvalue()).decode()}
+        part = {"type": "image_embeds", "uuid": "x", "image_embeds": without_tensor}
+        message = {"role": "user", "content": [part, text_part("embeddings left out")]}
+        refused = client.post(
+            f"{server.base_url}/v1/chat/completions",
+            json={"model": server.model, "messages": [message]},
+        )
+        assert refused.status_code == 400
+        assert figures("still alive")["reused_tokens"] > 0
     log = (tmp_path / "server.log").read_text()
     assert "kv_transfer_params.vlcache: recompute_ratio=2" in log
