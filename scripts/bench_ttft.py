@@ -86,18 +86,15 @@ ENGINE_METRICS = (
     "request_prefill_time_seconds_sum",
 )
 PAUSE_SECONDS = 1.1
-"""Longer than the second for which vLLM's workers poll for work before they sleep."""
+"""By default, longer than the second for which vLLM's workers poll for work."""
 REPEATS = 2
 """How many requests of a "warm" cell are repeated."""
 TEXT_TOKENS = 256
 """Room for the text of a prompt with images."""
 LONG_TEXT_REPEATS = 8
 
-IN_FRONT = (
-    "The pictures were taken in the street this morning, in front of the house with the red door. "
-    "Look at them and answer the question in a few words. "
-)
-BEHIND = " Which colour is the largest object, and how many people are there?"
+IN_FRONT = "Look at these pictures: "
+BEHIND = " Which one is older, and why?"
 STORY = (
     "The document is a letter from a school to the parents. It says that the summer holidays start "
     "one week earlier than last year, and that every child should return the books before then. "
@@ -159,13 +156,13 @@ class Sample:
         system: "plain" or "vlcache".
         ratio: recompute ratio that was asked for; None where none was.
         ttft: seconds to the first token.
-        engine: the part of `ttft` that the server's engine took by its own account; the rest is
-            HTTP, decoding and hashing of images, tokenizing. None where it gave no account.
         seconds: to the end of the answer (2 tokens).
         prompt_tokens: length of the prompt.
         idle_server_cpu: seconds of CPU time that the other server used meanwhile.
         other_cpu: seconds of CPU time that anything else on the machine used meanwhile.
         disturbed: whether others used so much that the pair was measured again.
+        engine: the part of `ttft` that the server's engine took by its own account; the rest is
+            HTTP, decoding and hashing of images, tokenizing. None where it gave no account.
     """
 
     kind: str
@@ -176,12 +173,12 @@ class Sample:
     system: str
     ratio: float | None
     ttft: float
-    engine: float | None
     seconds: float
     prompt_tokens: int
     idle_server_cpu: float
     other_cpu: float
     disturbed: bool = False
+    engine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +204,7 @@ def image_request(kind: str, image_px: int, images: Sequence[Part]) -> Request:
     """A request about `images`."""
     parts: list[Part] = [text_part(IN_FRONT)]
     for index, image in enumerate(images):
-        parts += [text_part(" and ")] * (index > 0) + [image]
+        parts += [text_part(", ")] * (index > 0) + [image]
     return Request(kind, image_px, len(images), (*parts, text_part(BEHIND)))
 
 
@@ -370,6 +367,7 @@ class Bench:
     Args:
         servers: "plain" and "vlcache".
         advance: called before each request with its description and the pairs done so far.
+        pause: seconds before each request.
         max_other_load: most cores that other programs may use during a pair on average; else it
             is measured again. None: any number.
     """
@@ -381,6 +379,8 @@ class Bench:
         matrix: Matrix,
         record: Record,
         advance: Callable[[str, int], None],
+        *,
+        pause: float = PAUSE_SECONDS,
         max_other_load: float | None = None,
     ) -> None:
         self._client = client
@@ -389,6 +389,7 @@ class Bench:
         self._matrix = matrix
         self._record = record
         self._show = advance
+        self._pause = pause
         self._max_other_load = max_other_load
         self._number = 0
         self._pair = 0
@@ -501,8 +502,8 @@ class Bench:
         what = f"{request.kind}, {_describe(request)}, {system}"
         server = self._servers[system]
         engine_before = self._engine_seconds(server)
-        self._pause(what if ratio is None else f"{what} {ratio:g}")
-        before = CpuTimes.now(self._groups)
+        self._wait(what if ratio is None else f"{what} {ratio:g}")
+        cpu_before = CpuTimes.now(self._groups)
         answer = chat_stream(
             self._client,
             server,
@@ -510,7 +511,7 @@ class Bench:
             max_tokens=2,
             kv_transfer_params=None if ratio is None else _params(ratio),
         )
-        after = CpuTimes.now(self._groups)
+        cpu_after = CpuTimes.now(self._groups)
         requests, engine = (
             after - before
             for before, after in zip(engine_before, self._engine_seconds(server), strict=True)
@@ -526,11 +527,11 @@ class Bench:
             system=system,
             ratio=ratio,
             ttft=answer.ttft,
-            engine=engine if requests == 1 else None,
             seconds=answer.seconds,
             prompt_tokens=answer.prompt_tokens,
-            idle_server_cpu=round(after.groups[idle] - before.groups[idle], 3),
-            other_cpu=round(max(0.0, after.other - before.other), 3),
+            idle_server_cpu=round(cpu_after.groups[idle] - cpu_before.groups[idle], 3),
+            other_cpu=round(max(0.0, cpu_after.other - cpu_before.other), 3),
+            engine=engine if requests == 1 else None,
         )
 
     def _engine_seconds(self, server: VLLMServer) -> tuple[float, float]:
@@ -543,14 +544,17 @@ class Bench:
         requests, *seconds = totals.values()
         return requests, sum(seconds)
 
-    def _pause(self, what: str) -> None:
+    def _wait(self, what: str) -> None:
         """Until both servers are idle, and the machine, too, if that is asked for."""
         self._show(what, self._done)
         while True:
-            before = CpuTimes.now(self._groups)
-            time.sleep(PAUSE_SECONDS)
-            load = (CpuTimes.now(self._groups).other - before.other) / PAUSE_SECONDS
-            if self._max_other_load is None or load <= self._max_other_load:
+            before, started = CpuTimes.now(self._groups), time.monotonic()
+            time.sleep(self._pause)
+            if self._max_other_load is None:
+                return
+            used = CpuTimes.now(self._groups).other - before.other
+            load = used / (time.monotonic() - started)
+            if load <= self._max_other_load:
                 return
             self._show(f"{what}: others use {load:.1f} cores, waiting", self._done)
 
@@ -969,7 +973,15 @@ def run(console: Console, args: argparse.Namespace) -> None:
         def advance(what: str, done: int) -> None:
             progress.update(task, completed=done, description=what)
 
-        Bench(client, servers, matrix, record, advance, args.max_other_load).measure()
+        Bench(
+            client,
+            servers,
+            matrix,
+            record,
+            advance,
+            pause=args.pause,
+            max_other_load=args.max_other_load,
+        ).measure()
     report(console, record.document, args.output)
 
 
@@ -1043,6 +1055,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--repetitions", type=int, metavar="N", help="pairs of a cell with images")
     what.add_argument("--text-repetitions", type=int, metavar="N", help="pairs of one without")
     what.add_argument(
+        "--pause",
+        type=float,
+        default=PAUSE_SECONDS,
+        metavar="SECONDS",
+        help="pause before each request (%(default)g): vLLM's workers poll for a second after each",
+    )
+    what.add_argument(
         "--max-other-load",
         type=float,
         metavar="CORES",
@@ -1107,6 +1126,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args.matrix = replace(QUICK if args.quick else FULL, **chosen)
     for problem in _problems(args.matrix):
         parser.error(problem)
+    if not 0.0 <= args.pause <= 60.0:
+        parser.error(f"--pause {args.pause}: must be between 0 and 60")
+    if args.max_other_load is not None and (args.max_other_load <= 0.0 or not args.pause):
+        parser.error("--max-other-load must be above 0, and needs a --pause")
     if args.model is not None and not (args.model / "config.json").is_file():
         parser.error(f"--model {args.model}: there is no config.json in it")
     return args

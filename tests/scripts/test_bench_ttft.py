@@ -37,6 +37,7 @@ def _sample(bench: ModuleType, pair: int, system: str, ttft: float, **fields: An
         "prompt_tokens": 3270,
         "idle_server_cpu": 0.0,
         "other_cpu": 0.01,
+        "engine": ttft - 0.05,
     }
     return bench.Sample(**(sample | fields))
 
@@ -74,6 +75,7 @@ def test_quick(tmp_path: Path) -> None:
     command = [
         *(sys.executable, str(SCRIPTS / "bench_ttft.py"), "--quick", "--size", "tiny"),
         *("--repetitions", "3", "--text-repetitions", "4", "--ratios", "0.05", "0.5"),
+        *("--pause", "0"),
         *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
     ]
     process = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
@@ -88,7 +90,7 @@ def test_quick(tmp_path: Path) -> None:
     assert document["versions"]["vllm"]
     assert document["machine"]["cores"] >= 1
     samples = document["samples"]
-    assert all(0 < s["ttft"] <= s["seconds"] for s in samples)
+    assert all(0 < s["engine"] < s["ttft"] <= s["seconds"] for s in samples)
     assert {s["prompt_tokens"] for s in samples if s["kind"] == "text"} != set()
     counts = {
         kind: sum(s["kind"] == kind for s in samples) for kind in ("cold", "warm", "text", "repeat")
@@ -117,6 +119,23 @@ def test_quick(tmp_path: Path) -> None:
         "ttft.md",
         "ttft.png",
     ]
+
+
+def test_an_interruption_says_where_the_measurements_are(
+    bench: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(*_: Any) -> None:
+        _document(bench, tmp_path / "ttft.json")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
+    assert bench.main(["--output", str(tmp_path / "ttft")]) == 130
+    assert str(tmp_path / "ttft.json") in capsys.readouterr().err
+    assert bench.read_record(tmp_path / "ttft.json")["complete"] is False
 
 
 def test_ratios_are_taken_within_pairs(bench: ModuleType, tmp_path: Path) -> None:
