@@ -13,11 +13,15 @@ Workloads:
 - "warm": known images, in new order, behind new text. Every prompt begins with another number, so
   vLLM's prefix cache can't serve it. VLCache gets the request once for each recompute ratio.
 - "text": no image, two lengths.
-- "repeat": a warm request word for word again, to plain vLLM. Its prefix cache serves all but the
-  last block, so this is what a request costs without its prefill: HTTP, decoding and hashing of
-  the images, tokenizing. No KV cache gets below it.
+- "repeat": a warm request word for word again, to plain vLLM. Its prefix cache serves all full
+  blocks, so this is about what a request costs without its prefill.
+
+For each request the server's own account of its engine's time is kept, too: the rest of TTFT is
+HTTP, decoding and hashing of the images, tokenizing.
 
 Plain vLLM has its prefix cache turned on, and an encoder cache that holds all known images.
+
+Cells that would take longer than the time that is left are left out, and named in the results.
 
 Results go to PREFIX.json (every single measurement, rewritten after each pair), PREFIX.md and
 PREFIX.png.
@@ -141,6 +145,8 @@ class Matrix:
 
 FULL = Matrix((448, 672, 1120, 1792), (1, 2, 3, 4), (0.02, 0.05, 0.1), 5, 30)
 QUICK = Matrix((448, 1120), (1, 2), (0.05,), 5, 10)
+MINUTES = 13.0
+"""For the measurements; the servers need about two more until they are ready."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +231,7 @@ class Record:
             "schema": SCHEMA,
             "complete": False,
             **about,
+            "left_out": [],
             "figures": [],
             "samples": [],
         }
@@ -368,6 +375,7 @@ class Bench:
         servers: "plain" and "vlcache".
         advance: called before each request with its description and the pairs done so far.
         pause: seconds before each request.
+        seconds: for all measurements, pauses included.
         max_other_load: most cores that other programs may use during a pair on average; else it
             is measured again. None: any number.
     """
@@ -381,6 +389,7 @@ class Bench:
         advance: Callable[[str, int], None],
         *,
         pause: float = PAUSE_SECONDS,
+        seconds: float = math.inf,
         max_other_load: float | None = None,
     ) -> None:
         self._client = client
@@ -390,6 +399,8 @@ class Bench:
         self._record = record
         self._show = advance
         self._pause = pause
+        self._seconds_left = seconds
+        self._largest: dict[str, tuple[int, float]] = {}
         self._max_other_load = max_other_load
         self._number = 0
         self._pair = 0
@@ -400,9 +411,15 @@ class Bench:
         self._warm_up()
         sizes = self._matrix.sizes
         for index, image_px in enumerate(sizes):
-            known = self._cold(image_px)
+            known: list[Part] = []
+            with self._cell("cold", image_px, 1, self._matrix.cold_repetitions) as fits:
+                if fits:
+                    known = self._cold(image_px)
             for images in self._matrix.images:
-                self._warm(image_px, known, images)
+                repetitions = self._matrix.repetitions
+                with self._cell("warm", image_px, images, repetitions, bool(known)) as fits:
+                    if fits:
+                        self._warm(image_px, known, images)
             # A part of the text requests after each size, so that they see the same machine.
             total = self._matrix.text_repetitions
             done, after = (total * (index + more) // len(sizes) for more in (0, 1))
@@ -420,6 +437,24 @@ class Bench:
             for content in (request, request, text_request(LONG_TEXT_REPEATS)):
                 self._show("warm-up", 0)
                 chat_stream(self._client, server, content.content(self._next_number()))
+
+    @contextlib.contextmanager
+    def _cell(
+        self, kind: str, image_px: int, images: int, pairs: int, possible: bool = True
+    ) -> Iterator[bool]:
+        """Whether the time that is left will do for a cell, judged by the largest one before."""
+        tokens = images * (image_px // CELL_PX) ** 2
+        before, seconds = self._largest.get(kind, (tokens, 0.0))
+        left = self._seconds_left
+        fits = possible and left > 0 and seconds * max(1.0, tokens / before) ** 2 <= left
+        yield fits
+        if fits:
+            if tokens >= before:
+                self._largest[kind] = (tokens, left - self._seconds_left)
+        else:
+            self._done += pairs
+            about = {"kind": kind, "image_px": image_px, "images": images}
+            self._record.document["left_out"].append(about)
 
     def _cold(self, image_px: int) -> list[Part]:
         """Show new images to both servers; returns the last ones, which are known now."""
@@ -512,6 +547,7 @@ class Bench:
             kv_transfer_params=None if ratio is None else _params(ratio),
         )
         cpu_after = CpuTimes.now(self._groups)
+        self._seconds_left -= self._pause + answer.seconds
         requests, engine = (
             after - before
             for before, after in zip(engine_before, self._engine_seconds(server), strict=True)
@@ -601,6 +637,7 @@ class Cell:
         plain: TTFT of plain vLLM in seconds.
         vlcache: TTFT with VLCache in seconds.
         speed_up: how many times longer plain vLLM takes, pair by pair.
+        outside: median of the seconds of VLCache's TTFT that were not the engine's.
     """
 
     kind: str
@@ -613,6 +650,7 @@ class Cell:
     plain: Spread
     vlcache: Spread
     speed_up: Spread
+    outside: float | None
 
     @property
     def overhead(self) -> Spread:
@@ -632,6 +670,7 @@ def make_cells(samples: Sequence[Sample]) -> list[Cell]:
     cells = []
     for (kind, image_px, images, prompt_tokens, ratio), mine in groups.items():
         theirs = [plain[sample.pair] for sample in mine]
+        outside = [sample.ttft - sample.engine for sample in mine if sample.engine is not None]
         cells.append(
             Cell(
                 kind=kind,
@@ -644,6 +683,7 @@ def make_cells(samples: Sequence[Sample]) -> list[Cell]:
                 plain=Spread.of([sample.ttft for sample in theirs]),
                 vlcache=Spread.of([sample.ttft for sample in mine]),
                 speed_up=Spread.of([a.ttft / b.ttft for a, b in zip(theirs, mine, strict=True)]),
+                outside=statistics.median(outside) if outside else None,
             )
         )
     return sorted(cells, key=lambda c: (c.kind, c.prompt_tokens, c.ratio or 0.0))
@@ -716,8 +756,10 @@ def make_markdown(document: dict[str, Any]) -> str:
         *_warm_table(cells, repeats_of(samples)),
         "",
         '"Exact repeat" is the same request word for word again, sent to plain vLLM: its prefix '
-        "cache serves all but the last block. What is left is HTTP, decoding and hashing of the "
-        "images, and tokenizing: the part of TTFT that no KV cache can shorten.",
+        'cache serves all full blocks. "Outside" is the part of VLCache\'s TTFT that the engine '
+        "has no hand in, by the server's own account: HTTP, decoding and hashing of the images, "
+        "tokenizing.",
+        *_left_out(document),
         "",
         "## Requests that VLCache can't help",
         "",
@@ -734,9 +776,17 @@ def make_markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _left_out(document: dict[str, Any]) -> list[str]:
+    cells = [
+        f"{cell['kind']} {cell['images']} x {cell['image_px']} px"
+        for cell in document.get("left_out", [])
+    ]
+    return ["", f"Left out for lack of time: {', '.join(cells)}."] if cells else []
+
+
 def _warm_table(cells: Sequence[Cell], repeats: dict[tuple[int, int], Spread]) -> list[str]:
     ratios = sorted({cell.ratio for cell in cells if cell.kind == "warm" and cell.ratio})
-    heading = ["Image", "Images", "Prompt tokens", "Plain", "Exact repeat"]
+    heading = ["Image", "Images", "Prompt tokens", "Plain", "Exact repeat", "Outside"]
     for ratio in ratios:
         heading += [f"VLCache {ratio:g}", f"Speed-up {ratio:g}"]
     lines = [f"| {' | '.join(heading)} |", "| --- " + "| ---: " * (len(heading) - 1) + "|"]
@@ -749,6 +799,7 @@ def _warm_table(cells: Sequence[Cell], repeats: dict[tuple[int, int], Spread]) -
         repeat = repeats.get((image_px, images))
         entries = [f"{image_px} px", str(images), str(first.prompt_tokens)]
         entries += [f"{first.plain.median:.3f}", f"{repeat.median:.3f}" if repeat else "-"]
+        entries.append("-" if first.outside is None else f"{first.outside:.3f}")
         for ratio in ratios:
             found = by_ratio.get(ratio)
             entries += (
@@ -788,7 +839,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     samples = samples_of(document)
     warm = sorted(
@@ -803,7 +854,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
         x = [tokens for tokens, _ in points]
         axes.plot(x, [spread.median for _, spread in points], markersize=5, **style)
         low, high = [s.low for _, s in points], [s.high for _, s in points]
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axes.vlines(x, low, high, color=style["color"], linewidth=1.2)
 
     one_ratio = [cell for cell in warm if cell.ratio == ratios[0]]
     draw(
@@ -819,7 +870,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
         style = {
             "color": colours(0.15 + 0.65 * (1 - index / max(1, len(ratios) - 1))),
             "marker": "sD^v"[index % 4],
-            "label": f"VLCache, {ratio:.3g} recomputed",
+            "label": f"VLCache, {100 * ratio:.3g} % recomputed",
         }
         draw(left, [(cell.image_tokens, cell.vlcache) for cell in cells], **style)
         draw(right, [(cell.image_tokens, cell.speed_up) for cell in cells], **style)
@@ -840,6 +891,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(plain_number)
         axes.yaxis.set_major_formatter(plain_number)
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -934,7 +986,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
             },
             "git": {
                 "commit": _git("rev-parse", "HEAD"),
-                "changed": bool(_git("status", "--porcelain")),
+                "changed": bool(_git("status", "--porcelain", "vlcache_connector", "scripts")),
             },
             "versions": _versions(),
             "machine": _machine(),
@@ -980,6 +1032,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
             record,
             advance,
             pause=args.pause,
+            seconds=60 * args.minutes,
             max_other_load=args.max_other_load,
         ).measure()
     report(console, record.document, args.output)
@@ -1055,6 +1108,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--repetitions", type=int, metavar="N", help="pairs of a cell with images")
     what.add_argument("--text-repetitions", type=int, metavar="N", help="pairs of one without")
     what.add_argument(
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        metavar="M",
+        help="time for the measurements (%(default)g); larger prompts come last",
+    )
+    what.add_argument(
         "--pause",
         type=float,
         default=PAUSE_SECONDS,
@@ -1126,6 +1186,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args.matrix = replace(QUICK if args.quick else FULL, **chosen)
     for problem in _problems(args.matrix):
         parser.error(problem)
+    if not args.minutes > 0.0:
+        parser.error(f"--minutes {args.minutes}: must be above 0")
     if not 0.0 <= args.pause <= 60.0:
         parser.error(f"--pause {args.pause}: must be between 0 and 60")
     if args.max_other_load is not None and (args.max_other_load <= 0.0 or not args.pause):

@@ -83,6 +83,7 @@ def test_quick(tmp_path: Path) -> None:
 
     document = json.loads(output.with_name("ttft.json").read_text())
     assert document["complete"] is True
+    assert document["left_out"] == []
     assert "--quick --size tiny" in document["command"]
     assert set(document["servers"]) == {"plain", "vlcache"}
     assert "VLCacheConnector" in document["servers"]["vlcache"]
@@ -161,6 +162,35 @@ def test_plot_only(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
     with Image.open(tmp_path / "ttft.png") as picture:
         assert picture.format == "PNG"
     assert "15.0" in capsys.readouterr().out
+
+
+def test_cells_that_would_take_too_long_are_left_out(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+
+    def send(self: Any, request: Any, content: Any, system: str, ratio: float | None) -> Any:
+        tokens = request.images * request.image_px**2
+        self._seconds_left -= tokens / 1e6
+        sent.append((request.kind, request.image_px, request.images))
+        return _sample(bench, self._pair, system, 1.0, kind=request.kind)
+
+    monkeypatch.setattr(bench.Bench, "_warm_up", lambda _: None)
+    monkeypatch.setattr(bench.Bench, "_take_figures", lambda *_: None)
+    monkeypatch.setattr(bench.Bench, "_send", send)
+    server = type("Server", (), {"process_group": 1})()
+    matrix = bench.Matrix((280, 560, 1120), (1, 2), (0.05,), 2, 3)
+    record = bench.Record(tmp_path / "ttft.json", {})
+    servers = dict.fromkeys(bench.SYSTEMS, server)
+    measuring = bench.Bench(None, servers, matrix, record, lambda *_: None, seconds=12.0)
+    measuring.measure()
+
+    left_out = {tuple(cell.values()) for cell in record.document["left_out"]}
+    assert left_out == {("cold", 1120, 1), ("warm", 1120, 1), ("warm", 1120, 2)}
+    assert not left_out & set(sent)
+    assert ("warm", 560, 2) in sent
+    assert sent.count(("text", 0, 0)) == 2 * 2 * 3
+    assert measuring._done == matrix.count_pairs()
 
 
 def test_bad_files_are_named(
