@@ -7,11 +7,14 @@ send functions there to look inside.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import multiprocessing.context
 import os
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -107,7 +110,7 @@ class Engine:
         environment: dict[str, str] | None = None,
         **arguments: Any,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self._connection, child = context.Pipe()
         if connector is not None:
             arguments.setdefault(
@@ -176,6 +179,25 @@ class Engine:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+@functools.cache
+def _context() -> multiprocessing.context.BaseContext:
+    """Children fork from a server that has imported vLLM, but has run nothing of it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.core"])
+    before = dict(os.environ)
+    # The server hands its environment, as it is now, on to all children.
+    os.environ.update(_ENVIRONMENT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name in _ENVIRONMENT:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
+    return context
 
 
 class EngineError(RuntimeError):
