@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vlcache_connector.config import ConfigError, RequestOptions, VLCacheConfig
+from vlcache_connector.config import (
+    ConfigError,
+    RequestOptions,
+    SelectorName,
+    VLCacheConfig,
+)
 
 _NUMBER = "valid number"
 _INTEGER = "valid integer"
@@ -51,13 +56,25 @@ _SWITCH = [
 REFUSED: dict[str, list[tuple[Any, str]]] = {
     "enabled": _SWITCH,
     "selector": [
-        (value, "'first_k', 'none' or 'full'") for value in ("last_k", "First_K", "", 0, None)
+        (value, "'first_k', 'layer_aware', 'cacheblend', 'random_k', 'none' or 'full'")
+        for value in ("last_k", "First_K", "layer-aware", "", 0, None)
     ],
     "recompute_ratio": [*_RATIO, (None, _NUMBER)],
     "min_recompute_tokens": [
         (-1, "greater than or equal to 0"),
         (2.5, _INTEGER),
         ("8", _INTEGER),
+        (True, _INTEGER),
+        (None, _INTEGER),
+    ],
+    "calibration": [(value, "valid string") for value in (0, True, ["model"], {"a": 1})],
+    "gate": [(value, "'require', 'warn' or 'off'") for value in ("on", "Warn", "", False, None)],
+    "donor": [(value, "'first_seen' or 'canonical'") for value in ("last_seen", "", True, 0, None)],
+    "donor_variants": [
+        (0, "greater than or equal to 1"),
+        (-1, "greater than or equal to 1"),
+        (1.5, _INTEGER),
+        ("2", _INTEGER),
         (True, _INTEGER),
         (None, _INTEGER),
     ],
@@ -74,9 +91,13 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
 }
 ACCEPTED: dict[str, list[Any]] = {
     "enabled": [False, True],
-    "selector": ["first_k", "none", "full"],
+    "selector": list(get_args(SelectorName)),
     "recompute_ratio": [0, 0.0, 0.05, 1, 1.0],
     "min_recompute_tokens": [0, 1, 4096],
+    "calibration": [None, "qwen2.5-vl-3b-instruct", "/path/to/file.yaml"],
+    "gate": ["require", "warn", "off"],
+    "donor": ["first_seen", "canonical"],
+    "donor_variants": [1, 2, 64],
     "min_segment_tokens": [1, 4096],
     "cpu_bytes": [1, 1 << 44],
     "encoder_cpu_bytes": [1, 1 << 44],
@@ -213,7 +234,9 @@ def test_a_config_can_not_be_changed() -> None:
     "params", [None, {}, {"vlcache": None}, {"vlcache": {}}, {"do_remote_prefill": True}]
 )
 def test_requests_without_options_get_the_defaults(params: dict[str, Any] | None) -> None:
-    assert RequestOptions.from_params(params) == RequestOptions(enabled=True, recompute_ratio=None)
+    assert RequestOptions.from_params(params) == RequestOptions(
+        enabled=True, recompute_ratio=None, selector=None, layer_ratios=None
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,6 +250,9 @@ def test_requests_without_options_get_the_defaults(params: dict[str, Any] | None
             {"enabled": True, "recompute_ratio": 0.25},
             RequestOptions(enabled=True, recompute_ratio=0.25),
         ),
+        ({"selector": "cacheblend"}, RequestOptions(selector="cacheblend")),
+        ({"selector": None, "layer_ratios": None}, RequestOptions()),
+        ({"layer_ratios": [1, 0.5, 0.0]}, RequestOptions(layer_ratios=[1.0, 0.5, 0.0])),
     ],
 )
 def test_requests_choose_their_own_options(entry: dict[str, Any], expected: RequestOptions) -> None:
@@ -240,7 +266,31 @@ def test_request_options_that_are_no_object_are_refused(entry: Any) -> None:
     assert all(name in message for name in RequestOptions.model_fields)
 
 
-@pytest.mark.parametrize(("key", "case"), cases({"enabled": _SWITCH, "recompute_ratio": _RATIO}))
+REFUSED_OF_REQUESTS: dict[str, list[tuple[Any, str]]] = {
+    "enabled": _SWITCH,
+    "recompute_ratio": _RATIO,
+    "selector": [case for case in REFUSED["selector"] if case[0] is not None],
+    "layer_ratios": [
+        (0.5, "valid list"),
+        ("0.5", "valid list"),
+        (True, "valid list"),
+        ({"0": 0.5}, "valid list"),
+    ],
+}
+
+
+def test_every_request_option_has_refused_values_here() -> None:
+    assert set(REFUSED_OF_REQUESTS) == set(RequestOptions.model_fields)
+
+
+@pytest.mark.parametrize(("value", "allowed"), [*_RATIO, (None, _NUMBER)], ids=str)
+def test_a_bad_share_of_a_layer_is_refused_with_its_place(value: Any, allowed: str) -> None:
+    message = request_refusal({"vlcache": {"layer_ratios": [0.5, value]}})
+    assert f"layer_ratios.1={value!r}" in message
+    assert allowed in message
+
+
+@pytest.mark.parametrize(("key", "case"), cases(REFUSED_OF_REQUESTS))
 def test_request_refusals_name_key_value_and_what_is_allowed(
     key: str, case: tuple[Any, str]
 ) -> None:
@@ -251,7 +301,7 @@ def test_request_refusals_name_key_value_and_what_is_allowed(
     assert allowed in message
 
 
-@pytest.mark.parametrize("key", ["ratio", "selector", "cpu_bytes"])
+@pytest.mark.parametrize("key", ["ratio", "calibration", "cpu_bytes"])
 def test_unknown_request_options_are_refused_with_the_list_of_keys(key: str) -> None:
     message = request_refusal({"vlcache": {key: 1}})
-    assert f"unknown key {key}=1; allowed keys: enabled, recompute_ratio" in message
+    assert f"unknown key {key}=1; allowed keys: {', '.join(RequestOptions.model_fields)}" in message

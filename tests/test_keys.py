@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_connector.keys import digest, encoder_key, segment_key
+from vlcache_connector.keys import digest, encoder_key, segment_key, split_variant, variant_key
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,24 @@ def test_the_order_of_parts_does_not_matter() -> None:
 @pytest.mark.parametrize("other", ["1", 1.5, True, None, [1], {"a": 1}])
 def test_the_type_of_a_part_matters(other: object) -> None:
     assert digest({"a": 1}) != digest({"a": other})
+
+
+@settings(deadline=None, max_examples=50)
+@given(name=kv_names, other=kv_names, ordinals=st.tuples(st.integers(0, 40), st.integers(0, 40)))
+def test_variants_are_equal_exactly_when_item_and_variant_are(
+    name: Named, other: Named, ordinals: tuple[int, int]
+) -> None:
+    first, second = str(ordinals[0]), str(ordinals[1])
+    same = (name.key, first) == (other.key, second)
+    assert (variant_key(name.key, first) == variant_key(other.key, second)) == same
+    assert variant_key(name.key, first) != name.key
+
+
+@settings(deadline=None, max_examples=50)
+@given(item=words | st.just("a/b"), variant=words.filter(lambda word: "/" not in word))
+def test_a_variant_key_can_be_taken_apart(item: str, variant: str) -> None:
+    assert split_variant(variant_key(item, variant)) == (item, variant)
+
+
+def test_variant_keys_never_change() -> None:
+    assert variant_key("digest", "3") == "digest/3"

@@ -1,22 +1,26 @@
-"""The types that cross between the sides: spans, plans that lose an item, merged reports."""
+"""The types that cross between the sides: spans, layered plans, merged reports."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
+from fractions import Fraction
 from functools import reduce
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlcache_connector.protocol import (
+    Blend,
     EncoderStepReport,
     Item,
+    ItemReuse,
     PrefillFigures,
-    ReusedSpan,
     ReusePlan,
     Span,
+    Stage,
     StepReport,
     uncovered,
 )
@@ -25,6 +29,7 @@ property_test = settings(deadline=None, max_examples=40)
 keys = st.sampled_from(["a", "b", "c", "d"])
 counts = st.integers(0, 1000)
 seconds = st.floats(0, 10)
+NUM_LAYERS = 6
 
 
 @st.composite
@@ -33,34 +38,64 @@ def spans(draw: st.DrawFn) -> Span:
     return Span(start, start + draw(st.integers(0, 40)))
 
 
+def tokens(*parts: Span) -> list[int]:
+    return [token for part in parts for token in range(part.start, part.end)]
+
+
+def stretches(chosen: Collection[int]) -> tuple[Span, ...]:
+    """Maximal spans of consecutive tokens."""
+    groups = groupby(enumerate(sorted(chosen)), key=lambda pair: pair[1] - pair[0])
+    parts = [[token for _, token in group] for _, group in groups]
+    return tuple(Span(part[0], part[-1] + 1) for part in parts)
+
+
+@st.composite
+def shrinking_stages(draw: st.DrawFn, span: Span) -> tuple[Stage, ...]:
+    """Up to three sets, each a part of the one before; equal and empty ones included."""
+    later = draw(st.sets(st.integers(1, NUM_LAYERS - 1), max_size=2))
+    chosen, stages = tokens(span), []
+    for first_layer in (0, *sorted(later)):
+        kept = draw(st.lists(st.booleans(), min_size=len(chosen), max_size=len(chosen)))
+        chosen = [token for token, keep in zip(chosen, kept, strict=True) if keep]
+        stages.append(Stage(first_layer, stretches(chosen)))
+    return tuple(stages)
+
+
+@st.composite
+def reuses(draw: st.DrawFn, item: int, span: Span) -> ItemReuse:
+    if draw(st.integers(0, 3)) == 0:
+        blend = Blend(draw(st.integers(0, NUM_LAYERS - 2)), Fraction(draw(st.integers(1, 7)), 7))
+        return ItemReuse(item, f"donor {item}", span, (Stage(0, stretches(tokens(span))),), blend)
+    return ItemReuse(item, f"donor {item}", span, draw(shrinking_stages(span)))
+
+
 @st.composite
 def plans(draw: st.DrawFn) -> ReusePlan:
-    """A plan with up to three reused stretches of each of up to four items."""
+    """A plan with up to four reused items; the last one may have no token inside the claim."""
     position = start = draw(st.integers(0, 20))
     reused = []
     for item in range(draw(st.integers(0, 4))):
-        position += draw(st.integers(0, 5))
-        for _ in range(draw(st.integers(1, 3))):
-            end = position + draw(st.integers(1, 9))
-            reused.append(ReusedSpan(item, Span(position, end)))
-            position = end + draw(st.integers(0, 3))
-    claim = Span(start, position + draw(st.integers(1, 5)))
+        begin = position + draw(st.integers(0, 5))
+        position = begin + draw(st.integers(1, 12))
+        reused.append(draw(reuses(item, Span(begin, position))))
+    end = max(position, start + 1) + draw(st.integers(0, 3))
+    if draw(st.booleans()):
+        reused.append(ItemReuse(9, "donor 9", Span(end, end), (Stage(0, ()),)))
     return ReusePlan(
         req_id="request",
-        claim=claim,
-        runs=tuple(uncovered(claim, [part.span for part in reused])),
+        claim=Span(start, end),
         reused=tuple(reused),
-        recomputed=draw(counts),
         captures={7: "key"},
         block_ids=(3, 1, 2),
     )
 
 
+layers = st.integers(0, NUM_LAYERS - 1)
 figures = st.builds(
     PrefillFigures,
     reused_tokens=counts,
     recomputed_tokens=counts,
-    computed_tokens=counts,
+    computed_by_layer=st.lists(counts, min_size=3, max_size=3).map(tuple),
     load_seconds=seconds,
     sparse_prefill_seconds=seconds,
     fallback=st.none() | st.just("error"),
@@ -77,15 +112,23 @@ reports = st.builds(
 encoder_reports = st.builds(EncoderStepReport, stored=st.sets(keys), lost=st.sets(keys))
 
 
-def tokens(*parts: Span) -> list[int]:
-    return [token for part in parts for token in range(part.start, part.end)]
+def reused_by_item(plan: ReusePlan, layer: int) -> dict[int, set[int]]:
+    """The account: an item's tokens without those of the last stage that has begun."""
+    account = {}
+    for reuse in plan.reused:
+        begun = [stage for stage in reuse.stages if stage.first_layer <= layer]
+        account[reuse.item] = set(tokens(reuse.span)) - set(tokens(*begun[-1].tokens))
+    return account
 
 
-def assert_partitions(plan: ReusePlan) -> None:
+def assert_partitions(plan: ReusePlan, layer: int) -> None:
     """Runs and reused spans together are the claim, and the runs are maximal and in order."""
-    assert sorted(tokens(*plan.runs, *(part.span for part in plan.reused))) == tokens(plan.claim)
-    assert all(plan.runs)
-    assert all(run.end < following.start for run, following in pairwise(plan.runs))
+    runs = plan.runs_at(layer)
+    reused = [span for reuse in plan.reused for span in reuse.reused_at(layer)]
+    assert sorted(tokens(*runs, *reused)) == tokens(plan.claim)
+    assert all(runs)
+    assert all(reused)
+    assert all(run.end < following.start for run, following in pairwise(runs))
 
 
 @property_test
@@ -121,9 +164,10 @@ def test_clip_by_example(window: tuple[int, int], expected: Span) -> None:
 
 
 @property_test
-@given(plan=plans())
-def test_uncovered_stretches_are_maximal_and_complete(plan: ReusePlan) -> None:
-    assert_partitions(plan)
+@given(whole=spans(), chosen=st.sets(st.integers(0, 80)))
+def test_uncovered_stretches_are_maximal_and_complete(whole: Span, chosen: set[int]) -> None:
+    covered = stretches(chosen & set(tokens(whole)))
+    assert tuple(uncovered(whole, covered)) == stretches(set(tokens(whole)) - chosen)
 
 
 @pytest.mark.parametrize(
@@ -145,53 +189,170 @@ def test_nothing_of_an_empty_span_is_uncovered() -> None:
 
 
 def test_an_item_has_a_row_for_every_token_that_takes_one() -> None:
-    item = Item(index=0, span=Span(3, 8), key="kv", encoder_key="encoder")
+    item = Item(index=0, span=Span(3, 8), ordinal=0, key="kv", encoder_key="encoder")
     assert item.num_embeds == 5
     assert replace(item, is_embed=(False, True, True, False, True)).num_embeds == 3
 
 
 @property_test
-@given(plan=plans())
-def test_a_plan_counts_its_tokens(plan: ReusePlan) -> None:
-    assert plan.num_computed == len(tokens(*plan.runs))
-    assert plan.num_computed + plan.num_reused == len(plan.claim)
+@given(plan=plans(), layer=layers)
+def test_runs_and_reused_spans_partition_the_claim_in_every_layer(
+    plan: ReusePlan, layer: int
+) -> None:
+    assert_partitions(plan, layer)
 
 
 @property_test
-@given(plan=plans(), dropped=st.lists(st.integers(0, 5), max_size=4))
+@given(plan=plans(), layer=layers)
+def test_a_layer_reuses_what_the_stage_it_belongs_to_leaves_out(
+    plan: ReusePlan, layer: int
+) -> None:
+    account = reused_by_item(plan, layer)
+    for reuse in plan.reused:
+        assert set(tokens(*reuse.reused_at(layer))) == account[reuse.item]
+        assert set(tokens(*reuse.computed_at(layer))) == (
+            set(tokens(reuse.span)) - account[reuse.item]
+        )
+
+
+@property_test
+@given(plan=plans())
+def test_what_a_layer_computes_the_layers_below_have_computed_too(plan: ReusePlan) -> None:
+    by_layer = [set(tokens(*plan.runs_at(layer))) for layer in range(NUM_LAYERS)]
+    assert all(above <= below for below, above in pairwise(by_layer))
+
+
+@property_test
+@given(plan=plans())
+def test_a_plan_counts_its_tokens(plan: ReusePlan) -> None:
+    entering = set(tokens(*plan.runs_at(0)))
+    assert plan.num_computed == len(entering)
+    known = {token for reuse in plan.reused for token in tokens(reuse.span)}
+    assert plan.num_recomputed == len(entering & known)
+    assert plan.num_computed - plan.num_recomputed == len(plan.claim) - len(known)
+
+
+@property_test
+@given(plan=plans())
+def test_reused_tokens_are_counted_in_the_last_layer(plan: ReusePlan) -> None:
+    account = reused_by_item(plan, NUM_LAYERS - 1)
+    for reuse in plan.reused:
+        if reuse.blend is None:
+            assert reuse.num_reused == len(account[reuse.item])
+        else:
+            stay = -(-len(reuse.span) * reuse.blend.share // 1)
+            assert reuse.num_reused == len(reuse.span) - stay
+    assert plan.num_reused == sum(reuse.num_reused for reuse in plan.reused)
+
+
+@property_test
+@given(plan=plans())
+def test_no_token_in_front_of_the_first_reused_one_is_ever_a_donors(plan: ReusePlan) -> None:
+    may_be_reused = {
+        token
+        for reuse in plan.reused
+        for token in tokens(reuse.span)
+        if reuse.blend is not None or token in reused_by_item(plan, NUM_LAYERS - 1)[reuse.item]
+    }
+    assert plan.first_reused == min(may_be_reused, default=None)
+
+
+@pytest.mark.parametrize(
+    ("stages", "blend", "expected"),
+    [
+        ((Stage(0, ()),), None, 10),
+        ((Stage(0, (Span(10, 14),)),), None, 14),
+        ((Stage(0, (Span(10, 20),)),), None, None),
+        ((Stage(0, (Span(10, 20),)), Stage(3, (Span(10, 12),))), None, 12),
+        ((Stage(0, (Span(10, 20),)), Stage(3, ())), None, 10),
+        ((Stage(0, (Span(12, 20),)),), None, 10),
+        ((Stage(0, (Span(10, 20),)),), Blend(1, Fraction(1, 2)), 10),
+    ],
+)
+def test_the_first_reused_token_by_example(
+    stages: tuple[Stage, ...], blend: Blend | None, expected: int | None
+) -> None:
+    reuse = ItemReuse(0, "donor", Span(10, 20), stages, blend)
+    assert reuse.first_reused == expected
+    later = ItemReuse(1, "donor", Span(25, 30), (Stage(0, ()),))
+    plan = ReusePlan("request", Span(0, 30), (reuse, later))
+    assert plan.first_reused == (25 if expected is None else expected)
+
+
+def test_a_plan_without_reuse_has_no_first_reused_token() -> None:
+    plan = ReusePlan("request", Span(3, 9), ())
+    assert plan.first_reused is None
+    assert plan.runs_at(0) == plan.runs_at(5) == [Span(3, 9)]
+    assert (plan.num_computed, plan.num_recomputed, plan.num_reused) == (6, 0, 0)
+
+
+def test_a_layered_plan_by_example() -> None:
+    layered = ItemReuse(
+        0,
+        "donor a",
+        Span(4, 14),
+        (Stage(0, (Span(4, 8), Span(10, 12))), Stage(2, (Span(4, 6),)), Stage(4, ())),
+    )
+    blended = ItemReuse(
+        1, "donor b", Span(16, 20), (Stage(0, (Span(16, 20),)),), Blend(1, Fraction(1, 3))
+    )
+    plan = ReusePlan("request", Span(0, 20), (layered, blended))
+    assert plan.runs_at(0) == plan.runs_at(1) == [Span(0, 8), Span(10, 12), Span(14, 20)]
+    assert plan.runs_at(2) == plan.runs_at(3) == [Span(0, 6), Span(14, 20)]
+    assert plan.runs_at(4) == plan.runs_at(99) == [Span(0, 4), Span(14, 20)]
+    assert plan.num_computed == 16
+    assert plan.num_recomputed == 10
+    assert plan.num_reused == 10 + 2
+    assert plan.first_reused == 4
+    assert plan.without(0).first_reused == 16
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(Fraction(1, 3), 4), (Fraction(1, 10), 1), (Fraction(1), 10)], ids=str
+)
+def test_a_blend_keeps_its_share_rounded_up(share: Fraction, expected: int) -> None:
+    assert Blend(1, share).count(10) == expected
+
+
+@property_test
+@given(plan=plans(), dropped=st.lists(st.integers(0, 5), max_size=4), layer=layers)
 def test_a_plan_without_items_still_covers_its_claim_exactly(
-    plan: ReusePlan, dropped: list[int]
+    plan: ReusePlan, dropped: list[int], layer: int
 ) -> None:
     reduced = reduce(ReusePlan.without, dropped, plan)
-    assert_partitions(reduced)
+    assert_partitions(reduced, layer)
     assert reduced.reused == tuple(part for part in plan.reused if part.item not in dropped)
 
 
 @property_test
 @given(plan=plans(), item=st.integers(0, 5))
-def test_tokens_of_an_item_that_is_dropped_count_as_recomputed(plan: ReusePlan, item: int) -> None:
+def test_all_tokens_of_an_item_that_is_dropped_are_computed(plan: ReusePlan, item: int) -> None:
     reduced = plan.without(item)
-    assert reduced.recomputed - plan.recomputed == plan.num_reused - reduced.num_reused
-    assert reduced.num_computed + reduced.num_reused == len(plan.claim)
+    own = {token for reuse in plan.reused if reuse.item == item for token in tokens(reuse.span)}
+    for layer in range(NUM_LAYERS):
+        assert set(tokens(*reduced.runs_at(layer))) == set(tokens(*plan.runs_at(layer))) | own
     assert reduced.without(item) == reduced
 
 
 @property_test
 @given(plan=plans(), item=st.integers(0, 5))
 def test_dropping_an_item_changes_nothing_else(plan: ReusePlan, item: int) -> None:
-    reduced = plan.without(item)
-    assert plan == replace(reduced, runs=plan.runs, reused=plan.reused, recomputed=plan.recomputed)
+    assert plan == replace(plan.without(item), reused=plan.reused)
 
 
 def test_figures_of_two_ranks_show_the_slower_one_and_the_lesser_reuse() -> None:
-    fast = PrefillFigures(90, 10, 30, load_seconds=0.5, sparse_prefill_seconds=0.25)
+    fast = PrefillFigures(90, 10, (30, 25), load_seconds=0.5, sparse_prefill_seconds=0.25)
     slow = PrefillFigures(
-        0, 100, 120, load_seconds=0.25, sparse_prefill_seconds=1.5, fallback="segment lost"
+        0, 100, (120, 120), load_seconds=0.25, sparse_prefill_seconds=1.5, fallback="segment lost"
     )
     expected = PrefillFigures(
-        0, 100, 120, load_seconds=0.5, sparse_prefill_seconds=1.5, fallback="segment lost"
+        0, 100, (120, 120), load_seconds=0.5, sparse_prefill_seconds=1.5, fallback="segment lost"
     )
     assert fast.merge(slow) == slow.merge(fast) == expected
+
+
+def test_a_rank_that_computed_nothing_leaves_the_others_layers() -> None:
+    assert PrefillFigures().merge(PrefillFigures(1, 2, (3, 2))).computed_by_layer == (3, 2)
 
 
 @property_test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -13,9 +14,12 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    field_validator,
 )
 
-SelectorName = Literal["first_k", "none", "full"]
+SelectorName = Literal["first_k", "layer_aware", "cacheblend", "random_k", "none", "full"]
+GateMode = Literal["require", "warn", "off"]
+DonorMode = Literal["first_seen", "canonical"]
 
 
 def _byte_size(value: Any) -> Any:
@@ -50,6 +54,18 @@ class VLCacheConfig(BaseModel):
     min_recompute_tokens: int = Field(default=8, ge=0)
     """Least number of tokens recomputed per segment when the ratio is above zero."""
 
+    calibration: str | None = None
+    """Name or path of the model's calibration file; by default the one of the model's name."""
+
+    gate: GateMode = "warn"
+    """What a model that `vlcache verify` has not passed gets: no reuse, a warning, or nothing."""
+
+    donor: DonorMode = "first_seen"
+    """In which context stored KV is computed: the first request's, or a clean one of its own."""
+
+    donor_variants: int = Field(default=2, ge=1)
+    """Most segments kept of one image, each with another number of images in front of it."""
+
     min_segment_tokens: int = Field(default=16, ge=1)
     """Images and videos with fewer tokens are neither stored nor reused."""
 
@@ -82,6 +98,16 @@ class RequestOptions(BaseModel):
 
     enabled: bool = True
     recompute_ratio: float | None = Field(default=None, ge=0.0, le=1.0)
+    selector: SelectorName | None = None
+    layer_ratios: list[Annotated[float, Field(ge=0.0, le=1.0)]] | None = None
+    """A schedule of its own: the share that each decoder layer recomputes, never rising."""
+
+    @field_validator("layer_ratios")
+    @classmethod
+    def _never_rising(cls, ratios: list[float] | None) -> list[float] | None:
+        if any(below < above for below, above in pairwise(ratios or ())):
+            raise ValueError("shares must not rise from layer to layer")
+        return ratios
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any] | None) -> RequestOptions:

@@ -19,10 +19,20 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from .calibration import load_for
 from .protocol import StepPlan, StepReport
 from .scheduler import indices
+from .scheduler.canonical import opening_tokens
+from .scheduler.gate import allowed_relations
 from .scheduler.scheduler import SchedulerSide
-from .support import check_supported, config_of, inert_reason, kv_shape, model_fingerprint
+from .support import (
+    check_supported,
+    config_of,
+    inert_reason,
+    kv_shape,
+    model_fingerprint,
+    weights_fingerprint,
+)
 from .worker.model import SparsePrefillModel, loaded_model
 from .worker.stores import close_store, get_store
 from .worker.worker import WorkerSide
@@ -99,6 +109,10 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         vllm_config = self._vllm_config
         segments, encoder_rows = indices.get_indices(vllm_config)
         shape = kv_shape(vllm_config)
+        model = vllm_config.model_config.model
+        calibration = load_for(
+            model, self._config.calibration, weights_fingerprint(vllm_config), shape.num_layers
+        )
         return SchedulerSide(
             self._config,
             shape,
@@ -108,6 +122,11 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             encoder_row_bytes=indices.encoder_row_bytes(vllm_config),
             segments=segments,
             encoder_rows=encoder_rows,
+            schedules=calibration.schedules if calibration is not None else (),
+            opening=opening_tokens(vllm_config.model_config)
+            if self._config.donor == "canonical"
+            else None,
+            allowed=allowed_relations(self._config, calibration, model),
             can_store=self._kv_transfer_config.is_kv_producer,
             can_reuse=self._kv_transfer_config.is_kv_consumer,
         )
@@ -168,9 +187,12 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing: segments are captured where KV is written."""
 
     def wait_for_save(self) -> None:
-        """The step's forwards are over: store complete segments."""
+        """The step's forwards are over: store complete segments, compute canonical ones."""
         if self._worker is not None:
+            plan = self._get_connector_metadata()
+            assert isinstance(plan, StepPlan)
             self._worker.end_step()
+            self._worker.compute_canonical(plan.canonical)
 
     def build_connector_worker_meta(self) -> StepReport | None:
         """What this rank stored, lost and measured."""

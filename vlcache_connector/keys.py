@@ -43,3 +43,14 @@ def segment_key(
 def encoder_key(identifier: str, *, fingerprint: str) -> str:
     """Key of an item's encoder rows, which depend on the item and the weights only."""
     return digest({"v": FORMAT_VERSION, "encoder": identifier, "model": fingerprint})
+
+
+def variant_key(key: str, variant: str) -> str:
+    """Key of one of several segments of the same item, which differ in their donor's place."""
+    return f"{key}/{variant}"
+
+
+def split_variant(key: str) -> tuple[str, str]:
+    """The item's key and the variant, from `variant_key`."""
+    item, _, variant = key.rpartition("/")
+    return item, variant

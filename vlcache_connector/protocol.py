@@ -7,8 +7,11 @@ worker and is merged over the tensor-parallel ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from itertools import zip_longest
 from typing import Any
 
 from vllm.distributed.ec_transfer.ec_connector.base import (
@@ -60,8 +63,10 @@ class Item:
     """Index in the request's `mm_features`."""
     span: Span
     """Its placeholder tokens."""
+    ordinal: int
+    """Items in front of it in the prompt."""
     key: str
-    """Content key of its KV segment (`keys.segment_key`)."""
+    """Content key of the item's KV (`keys.segment_key`)."""
     encoder_key: str
     """Content key of its encoder rows (`keys.encoder_key`)."""
     is_embed: tuple[bool, ...] | None = None
@@ -85,11 +90,68 @@ class RequestContext:
 
 
 @dataclass(frozen=True)
-class ReusedSpan:
-    """Stretch of an item's tokens whose KV comes from a stored segment."""
+class Stage:
+    """Tokens of a reused item that are computed anew from one decoder layer on."""
+
+    first_layer: int
+    tokens: tuple[Span, ...]
+    """In order, disjoint, not empty; a subset of the stage before."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A choice that is made while the prefill runs, by how far fresh keys are from the donor's."""
+
+    check_layer: int
+    """All tokens of the item are computed up to this layer; those that stay are chosen by it."""
+    share: Fraction
+    """Of the item's tokens, how many stay."""
+
+    def count(self, num_tokens: int) -> int:
+        """How many of `num_tokens` tokens stay."""
+        return math.ceil(num_tokens * self.share)
+
+
+@dataclass(frozen=True)
+class ItemReuse:
+    """How the KV of one known item is put together."""
 
     item: int
+    donor: str
+    """Content key of the stored segment."""
     span: Span
+    """The item's tokens inside the claim."""
+    stages: tuple[Stage, ...]
+    """The first one begins at layer 0."""
+    blend: Blend | None = None
+
+    def computed_at(self, layer: int) -> tuple[Span, ...]:
+        """Tokens that decoder layer `layer` computes, before any choice by `blend`."""
+        return next(s.tokens for s in reversed(self.stages) if s.first_layer <= layer)
+
+    def reused_at(self, layer: int) -> list[Span]:
+        """Tokens whose KV of decoder layer `layer` is the donor's."""
+        return uncovered(self.span, self.computed_at(layer))
+
+    @property
+    def num_recomputed(self) -> int:
+        """Tokens that the first layer computes."""
+        return sum(map(len, self.stages[0].tokens))
+
+    @property
+    def num_reused(self) -> int:
+        """Tokens whose KV is the donor's in the last layer."""
+        left = sum(map(len, self.stages[-1].tokens))
+        return len(self.span) - (left if self.blend is None else self.blend.count(left))
+
+    @property
+    def first_reused(self) -> int | None:
+        """First token whose KV may be the donor's in any layer; None: there is none."""
+        if self.blend is not None and self.span:
+            return self.span.start
+        # The last stage computes the fewest tokens.
+        reused = uncovered(self.span, self.stages[-1].tokens)
+        return reused[0].start if reused else None
 
 
 @dataclass(frozen=True)
@@ -99,37 +161,44 @@ class ReusePlan:
     req_id: str
     claim: Span
     """Tokens that vLLM takes as externally computed."""
-    runs: tuple[Span, ...]
-    """Maximal stretches of tokens to compute, in order; the rest of `claim` is reused."""
-    reused: tuple[ReusedSpan, ...]
-    recomputed: int
-    """Tokens of reused segments that are computed anew (part of `runs`)."""
+    reused: tuple[ItemReuse, ...]
+    """The known items, in prompt order; all other tokens of the claim are computed."""
     captures: dict[int, str] = field(default_factory=dict)
-    """Item -> content key, of items that are computed completely inside `runs` and stored."""
+    """Item -> content key, of items that are computed completely inside the claim and stored."""
     block_ids: tuple[int, ...] = ()
     """The request's KV blocks, from its first token on, covering `claim`."""
     encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
-    """Item -> (modality, processed inputs), where an item in `runs` has no stored rows."""
+    """Item -> (modality, processed inputs), where a computed item has no stored rows."""
+
+    def runs_at(self, layer: int) -> list[Span]:
+        """Maximal stretches of the claim that decoder layer `layer` computes, in order."""
+        return uncovered(self.claim, [span for r in self.reused for span in r.reused_at(layer)])
 
     @property
     def num_computed(self) -> int:
-        """Tokens in the sparse pass."""
-        return sum(len(run) for run in self.runs)
+        """Tokens that enter the sparse prefill."""
+        return sum(map(len, self.runs_at(0)))
+
+    @property
+    def num_recomputed(self) -> int:
+        """Tokens of known items that enter the sparse prefill."""
+        return sum(reuse.num_recomputed for reuse in self.reused)
 
     @property
     def num_reused(self) -> int:
-        """Tokens whose KV is taken from a store."""
-        return sum(len(part.span) for part in self.reused)
+        """Tokens whose KV is a donor's in the last layer."""
+        return sum(reuse.num_reused for reuse in self.reused)
+
+    @property
+    def first_reused(self) -> int | None:
+        """The first token whose KV may be a donor's in any layer; None: there is none."""
+        return min(
+            (r.first_reused for r in self.reused if r.first_reused is not None), default=None
+        )
 
     def without(self, item: int) -> ReusePlan:
         """The same plan with all of `item`'s tokens computed instead of reused."""
-        kept = tuple(part for part in self.reused if part.item != item)
-        return replace(
-            self,
-            reused=kept,
-            runs=tuple(uncovered(self.claim, [part.span for part in kept])),
-            recomputed=self.recomputed + self.num_reused - sum(len(part.span) for part in kept),
-        )
+        return replace(self, reused=tuple(r for r in self.reused if r.item != item))
 
 
 @dataclass(frozen=True)
@@ -144,6 +213,15 @@ class CapturePlan:
     """The request's KV blocks, from its first token on, covering `span`."""
 
 
+@dataclass(frozen=True)
+class CanonicalPlan:
+    """An image to compute in a clean context and to store; no request waits for it."""
+
+    context: RequestContext
+    plan: ReusePlan
+    """Computes all of its claim, in blocks that belong to nobody else."""
+
+
 @dataclass
 class StepPlan(KVConnectorMetadata):
     """Scheduler side -> worker side, for one step."""
@@ -151,6 +229,8 @@ class StepPlan(KVConnectorMetadata):
     contexts: list[RequestContext] = field(default_factory=list)
     reuse: list[ReusePlan] = field(default_factory=list)
     captures: list[CapturePlan] = field(default_factory=list)
+    canonical: list[CanonicalPlan] = field(default_factory=list)
+    """To be done after vLLM's own forward."""
     cancelled: list[str] = field(default_factory=list)
     """Requests whose unfinished captures are given up (preempted)."""
     finished: list[str] = field(default_factory=list)
@@ -165,8 +245,11 @@ class PrefillFigures:
     """What the sparse prefill of one request did and took."""
 
     reused_tokens: int = 0
+    """Tokens whose KV is a donor's in the last layer."""
     recomputed_tokens: int = 0
-    computed_tokens: int = 0
+    """Tokens of known items that the first layer computed anew."""
+    computed_by_layer: tuple[int, ...] = ()
+    """Tokens that each decoder layer computed, text included."""
     load_seconds: float = 0.0
     """Fetching segments and writing their rotated KV into the paged cache."""
     sparse_prefill_seconds: float = 0.0
@@ -179,7 +262,9 @@ class PrefillFigures:
         return PrefillFigures(
             reused_tokens=min(self.reused_tokens, other.reused_tokens),
             recomputed_tokens=max(self.recomputed_tokens, other.recomputed_tokens),
-            computed_tokens=max(self.computed_tokens, other.computed_tokens),
+            computed_by_layer=tuple(
+                map(max, zip_longest(self.computed_by_layer, other.computed_by_layer, fillvalue=0))
+            ),
             load_seconds=max(self.load_seconds, other.load_seconds),
             sparse_prefill_seconds=max(self.sparse_prefill_seconds, other.sparse_prefill_seconds),
             fallback=self.fallback or other.fallback,

@@ -5,10 +5,14 @@ vLLM seams: `VllmConfig` and `KVCacheConfig` (`vllm/config`, `vllm/v1/kv_cache_i
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from .config import ConfigError, VLCacheConfig
@@ -199,6 +203,55 @@ def model_fingerprint(vllm_config: VllmConfig) -> str:
             else None,
         }
     )
+
+
+def weights_fingerprint(vllm_config: VllmConfig) -> str:
+    """Digest of a checkpoint: its dimensions and samples of its weights.
+
+    It does not depend on where the checkpoint lies or how it is run (dtype, ranks).
+    """
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if load.load_format == "dummy":
+        weights: Any = ["dummy", model.seed]
+    else:
+        weights = _weight_samples(_checkpoint_folder(model.model, model.revision))
+    return digest({"hf_config": _dimensions(model.hf_config.to_dict()), "weights": weights})
+
+
+def _dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Hugging Face configuration without what says nothing about the numbers."""
+    volatile = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    return {
+        key: _dimensions(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in volatile
+    }
+
+
+def _checkpoint_folder(model: str, revision: str | None) -> Path | None:
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def _weight_samples(folder: Path | None) -> list[str]:
+    """Digests of a few pieces of every weight file."""
+    if folder is None:
+        return []
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    samples = []
+    for path in found:
+        size, hasher = path.stat().st_size, hashlib.sha256()
+        with path.open("rb") as file:
+            hasher.update(file.read(1 << 16))
+            for piece in range(1, 16):
+                file.seek(piece * size // 16)
+                hasher.update(file.read(1 << 12))
+        samples.append(f"{path.name}:{size}:{hasher.hexdigest()}")
+    return samples
 
 
 def engine_id(vllm_config: VllmConfig) -> str:

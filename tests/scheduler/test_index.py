@@ -154,6 +154,54 @@ def test_evicted_keys_are_told_once() -> None:
     assert index.take_evicted() == []
 
 
+def test_a_key_is_evicted_on_demand_and_dropped_everywhere() -> None:
+    index = make_index(30, {"a": 10, "b": 10})
+    assert index.evict("b")
+    assert "b" not in index
+    assert (index.used_bytes, index.take_evicted()) == (10, ["b"])
+
+
+def test_what_is_promised_being_written_or_unknown_can_not_be_evicted() -> None:
+    index = make_index(30, {"a": 10})
+    index.promise("a")
+    assert not index.evict("a")
+    index.settle()
+    assert not index.evict("a")
+    assert index.reserve("writing", 10)
+    assert not index.evict("writing")
+    assert not index.evict("unknown")
+    assert index.take_evicted() == []
+    index.settle()
+    assert index.evict("a")
+
+
+def test_every_way_to_forget_a_key_is_told() -> None:
+    index = make_index(50, {"evicted": 10, "for room": 10, "lost": 10, "cleared": 10})
+    index.reserve("discarded", 10)
+    told: list[str] = []
+    index.on_forgotten = told.append
+    index.evict("evicted")
+    index.lost("lost")
+    index.discard("discarded")
+    for key in ("evicted", "lost", "discarded", "unknown"):
+        index.evict(key)
+        index.lost(key)
+        index.discard(key)
+    index.stored("stray", 1)
+    assert told == ["evicted", "lost", "discarded"]
+    assert index.reserve("writing", 40)
+    index.clear()
+    assert told[3:] == ["for room", "cleared"]
+
+
+def test_a_key_is_forgotten_before_anyone_is_told() -> None:
+    index = make_index(10, {"a": 10})
+    known: list[bool] = []
+    index.on_forgotten = lambda key: known.append(key in index)
+    index.evict("a")
+    assert known == [False]
+
+
 KEYS = st.sampled_from("abcdef")
 BUDGET = 40
 RANKS = 2
@@ -173,6 +221,9 @@ class Residency(RuleBasedStateMachine):
         """Of this step and of the one before."""
         self.dropped: list[str] = []
         """What the workers have yet to be told."""
+        self.told: set[str] = set()
+        """Keys by what `on_forgotten` says: those that were reserved and not forgotten since."""
+        self.index.on_forgotten = self.told.remove
 
     def ready(self) -> list[str]:
         return [key for key in self.sizes if self.missing[key] == 0]
@@ -203,6 +254,7 @@ class Residency(RuleBasedStateMachine):
                 self.forget(victim)
             self.dropped += gone
             self.sizes[key], self.missing[key] = num_bytes, RANKS
+            self.told.add(key)
 
     @rule(key=KEYS, ranks=st.integers(1, RANKS))
     def stored(self, key: str, ranks: int) -> None:
@@ -239,6 +291,14 @@ class Residency(RuleBasedStateMachine):
         if key in self.sizes:
             self.forget(key)
 
+    @rule(key=KEYS)
+    def evict(self, key: str) -> None:
+        can_go = key in self.ready() and key not in set().union(*self.promises)
+        assert self.index.evict(key) == can_go
+        if can_go:
+            self.forget(key)
+            self.dropped.append(key)
+
     @rule()
     def clear(self) -> None:
         self.index.clear()
@@ -256,6 +316,7 @@ class Residency(RuleBasedStateMachine):
         self.index.check_integrity()
         assert self.index.used_bytes == sum(self.sizes.values()) <= BUDGET
         assert len(self.index) == len(self.sizes)
+        assert self.told == set(self.sizes)
         for key in "abcdef":
             assert (key in self.index) == (key in self.sizes)
             assert self.index.is_ready(key) == (self.missing.get(key) == 0)

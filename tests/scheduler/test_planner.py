@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import groupby
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_connector.protocol import Item, ReusedSpan, ReusePlan, Span
+from vlcache_connector.calibration import LayerSchedule
+from vlcache_connector.protocol import Blend, Item, ItemReuse, ReusePlan, Span, Stage
 from vlcache_connector.scheduler.planner import plan_reuse
-from vlcache_connector.selection import SELECTORS, Budget, FirstK, NoRecompute, RecomputeSelector
+from vlcache_connector.selection import (
+    Budget,
+    FirstK,
+    NoRecompute,
+    RecomputeSelector,
+    Selection,
+    make_selectors,
+)
+
+NUM_LAYERS = 4
+SCHEDULES = [LayerSchedule(ratio=0.25, layers=[0.5, 0.3, 0.2, 0.0])]
 
 
 @dataclass(frozen=True)
@@ -22,15 +34,34 @@ class Middle(RecomputeSelector):
     start: int
     count: int
 
-    def select(self, num_tokens: int, budget: Budget) -> range:
-        return range(min(self.start, num_tokens), min(self.start + self.count, num_tokens))
+    def select(self, num_tokens: int, budget: Budget) -> Selection:
+        return Selection.uniform(
+            range(min(self.start, num_tokens), min(self.start + self.count, num_tokens))
+        )
 
 
+@dataclass(frozen=True)
 class EveryOther(RecomputeSelector):
-    """Not contiguous, which plans don't support."""
+    """Not contiguous, as a range or as a list."""
 
-    def select(self, num_tokens: int, budget: Budget) -> range:
-        return range(0, num_tokens, 2)
+    as_list: bool
+
+    def select(self, num_tokens: int, budget: Budget) -> Selection:
+        offsets = range(0, num_tokens, 2)
+        return Selection.uniform(list(offsets) if self.as_list else offsets)
+
+
+@dataclass(frozen=True)
+class Shrinking(RecomputeSelector):
+    """Other tokens from layer to layer, with gaps."""
+
+    def select(self, num_tokens: int, budget: Budget) -> Selection:
+        return Selection(
+            tuple(
+                (layer, [offset for offset in range(num_tokens) if offset % (step + 1) == 0])
+                for layer, step in ((0, 1), (1, 3), (3, 7))
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -54,10 +85,12 @@ class Prompt:
             self.items,
             num_computed=self.num_computed,
             num_tokens=self.num_tokens,
-            is_stored=lambda item: item.key in self.stored,
-            selector=self.selector,
-            budget=self.budget,
+            find_donor=lambda item: f"donor of {item.key}" if item.key in self.stored else None,
+            select=self.select,
         )
+
+    def select(self, num_tokens: int) -> Selection:
+        return self.selector.select(num_tokens, self.budget)
 
     def checked_plan(self) -> ReusePlan:
         plan = self.plan()
@@ -73,18 +106,25 @@ class Prompt:
             if item.key in self.stored and item.span.end > self.num_computed
         ]
 
-    def donor_of(self, token: int) -> int | None:
+    def donor_of(self, token: int, layer: int) -> int | None:
         """Index of the item whose stored KV `token` is to get; None: it is computed."""
         for item in self.known:
             if item.span.start <= token < item.span.end:
-                chosen = self.selector.select(len(item.span), self.budget)
+                stages = self.select(len(item.span)).stages
+                chosen = [offsets for first_layer, offsets in stages if first_layer <= layer][-1]
                 return None if token - item.span.start in chosen else item.index
         return None
 
 
-selectors = st.sampled_from([make() for make in SELECTORS.values()]) | st.builds(
-    Middle, start=st.integers(0, 20), count=st.integers(0, 20)
-)
+selectors = st.sampled_from(
+    [
+        *make_selectors(NUM_LAYERS, SCHEDULES).values(),
+        EveryOther(as_list=True),
+        EveryOther(as_list=False),
+        Shrinking(),
+    ]
+) | st.builds(Middle, start=st.integers(0, 20), count=st.integers(0, 20))
+layers = st.integers(0, NUM_LAYERS - 1)
 budgets = st.builds(
     Budget,
     ratio=st.sampled_from([0.0, 0.02, 0.05, 0.3, 0.5, 1.0]),
@@ -104,7 +144,8 @@ def prompts(draw: st.DrawFn) -> Prompt:
         position = start + length
         # Indices need not follow the order in the prompt.
         index = (len(items) + 3) % 5
-        items.append(Item(index, Span(start, position), key=name, encoder_key=f"rows of {name}"))
+        span = Span(start, position)
+        items.append(Item(index, span, len(items), key=name, encoder_key=f"rows of {name}"))
     num_tokens = max(1, position + draw(st.integers(0, 5)))
     return Prompt(
         items=tuple(items),
@@ -146,58 +187,90 @@ def test_there_is_a_plan_exactly_when_a_stored_item_ends_behind_the_computed_tok
 
 
 @property_test
-@given(prompt=plannable)
-def test_runs_and_reused_spans_partition_the_claim(prompt: Prompt) -> None:
+@given(prompt=plannable, layer=layers)
+def test_runs_and_reused_spans_partition_the_claim(prompt: Prompt, layer: int) -> None:
     plan = prompt.checked_plan()
-    parts = [*plan.runs, *(part.span for part in plan.reused)]
+    reused = [span for reuse in plan.reused for span in reuse.reused_at(layer)]
+    parts = [*plan.runs_at(layer), *reused]
     assert all(parts)
     assert sorted(tokens(*parts)) == tokens(plan.claim)
 
 
 @property_test
-@given(prompt=plannable)
+@given(prompt=plannable, layer=layers)
 def test_runs_are_the_maximal_stretches_of_tokens_without_a_donor_in_order(
-    prompt: Prompt,
+    prompt: Prompt, layer: int
 ) -> None:
     plan = prompt.checked_plan()
-    computed = [token for token in tokens(plan.claim) if prompt.donor_of(token) is None]
-    assert list(plan.runs) == stretches(computed)
+    computed = [token for token in tokens(plan.claim) if prompt.donor_of(token, layer) is None]
+    assert plan.runs_at(layer) == stretches(computed)
 
 
 @property_test
-@given(prompt=plannable)
-def test_reused_tokens_come_from_their_own_item_in_order(prompt: Prompt) -> None:
+@given(prompt=plannable, layer=layers)
+def test_reused_tokens_come_from_their_own_item_in_order(prompt: Prompt, layer: int) -> None:
     plan = prompt.checked_plan()
-    donors = {token: part.item for part in plan.reused for token in tokens(part.span)}
-    expected = {token: prompt.donor_of(token) for token in tokens(plan.claim)}
+    donors = {token: r.item for r in plan.reused for token in tokens(*r.reused_at(layer))}
+    expected = {token: prompt.donor_of(token, layer) for token in tokens(plan.claim)}
     assert donors == {token: item for token, item in expected.items() if item is not None}
     assert list(donors) == sorted(donors)
 
 
 @property_test
 @given(prompt=plannable)
-def test_recompute_sets_are_the_selected_offsets_inside_the_claim(prompt: Prompt) -> None:
+def test_every_known_item_is_reused_from_the_donor_that_was_found(prompt: Prompt) -> None:
     plan = prompt.checked_plan()
-    again = {
-        item.span.start + offset
-        for item in prompt.known
-        for offset in prompt.selector.select(len(item.span), prompt.budget)
-    } & set(tokens(plan.claim))
-    assert again <= set(tokens(*plan.runs))
-    assert plan.recomputed == len(again)
+    assert [(reuse.item, reuse.donor) for reuse in plan.reused] == [
+        (item.index, f"donor of {item.key}") for item in prompt.known
+    ]
+    for reuse, item in zip(plan.reused, prompt.known, strict=True):
+        assert reuse.span == item.span.clip(plan.claim.start, plan.claim.end)
+        assert reuse.blend == prompt.select(len(item.span)).blend
 
 
 @property_test
 @given(prompt=plannable)
-def test_unknown_items_are_computed_completely(prompt: Prompt) -> None:
+def test_recompute_sets_are_the_selected_offsets_inside_the_claim(prompt: Prompt) -> None:
+    plan = prompt.checked_plan()
+    for reuse, item in zip(plan.reused, prompt.known, strict=True):
+        selection = prompt.select(len(item.span))
+        assert [stage.first_layer for stage in reuse.stages] == [
+            first_layer for first_layer, _ in selection.stages
+        ]
+        for stage, (_, offsets) in zip(reuse.stages, selection.stages, strict=True):
+            inside = {item.span.start + offset for offset in offsets} & set(tokens(plan.claim))
+            assert list(stage.tokens) == stretches(sorted(inside))
+    assert plan.num_recomputed == sum(len(tokens(*reuse.stages[0].tokens)) for reuse in plan.reused)
+
+
+@property_test
+@given(prompt=plannable, layer=layers)
+def test_unknown_items_are_computed_completely(prompt: Prompt, layer: int) -> None:
     plan = prompt.checked_plan()
     unknown = [item for item in prompt.items if item.key not in prompt.stored]
     claimed = tokens(*(item.span.clip(plan.claim.start, plan.claim.end) for item in unknown))
-    assert set(claimed) <= set(tokens(*plan.runs))
+    assert set(claimed) <= set(tokens(*plan.runs_at(layer)))
+
+
+@property_test
+@given(prompt=prompts())
+def test_donors_are_looked_for_once_and_only_where_something_is_left_to_compute(
+    prompt: Prompt,
+) -> None:
+    asked: list[Item] = []
+    plan_reuse(
+        "request",
+        prompt.items,
+        num_computed=prompt.num_computed,
+        num_tokens=prompt.num_tokens,
+        find_donor=lambda item: asked.append(item),
+        select=prompt.select,
+    )
+    assert asked == [item for item in prompt.items if item.span.end > prompt.num_computed]
 
 
 def item(index: int, start: int, end: int, key: str) -> Item:
-    return Item(index=index, span=Span(start, end), key=key, encoder_key=f"rows of {key}")
+    return Item(index, Span(start, end), index, key=key, encoder_key=f"rows of {key}")
 
 
 def plan_of(
@@ -218,53 +291,95 @@ def plan_of(
     ).plan()
 
 
+def reused_spans(plan: ReusePlan, layer: int = 0) -> list[tuple[int, Span]]:
+    return [(reuse.item, span) for reuse in plan.reused for span in reuse.reused_at(layer)]
+
+
 def test_text_an_unknown_and_a_known_item_by_example() -> None:
     plan = plan_of(item(0, 4, 14, "a"), item(1, 20, 60, "b"), num_tokens=70, stored="b")
     assert plan == ReusePlan(
         req_id="request",
         claim=Span(0, 60),
-        runs=(Span(0, 24),),
-        reused=(ReusedSpan(1, Span(24, 60)),),
-        recomputed=4,
+        reused=(ItemReuse(1, "donor of b", Span(20, 60), (Stage(0, (Span(20, 24),)),)),),
     )
+    assert plan.runs_at(0) == [Span(0, 24)]
 
 
 def test_an_item_that_is_shown_twice_is_reused_twice() -> None:
     plan = plan_of(item(0, 2, 12, "a"), item(1, 15, 25, "a"), num_tokens=30, stored="a")
     assert plan is not None
-    assert plan.runs == (Span(0, 4), Span(12, 17))
-    assert plan.reused == (ReusedSpan(0, Span(4, 12)), ReusedSpan(1, Span(17, 25)))
-    assert plan.recomputed == 4
+    assert plan.runs_at(0) == [Span(0, 4), Span(12, 17)]
+    assert reused_spans(plan) == [(0, Span(4, 12)), (1, Span(17, 25))]
+    assert plan.num_recomputed == 4
 
 
 def test_a_prompt_that_ends_with_an_item_leaves_its_last_token_to_vllm() -> None:
     plan = plan_of(item(0, 2, 12, "a"), num_tokens=12, stored="a")
     assert plan is not None
     assert plan.claim == Span(0, 11)
-    assert plan.reused == (ReusedSpan(0, Span(4, 11)),)
+    assert reused_spans(plan) == [(0, Span(4, 11))]
+
+
+def test_an_item_of_which_only_the_last_token_of_the_prompt_is_left_reuses_nothing() -> None:
+    plan = plan_of(item(0, 9, 10, "a"), num_tokens=10, stored="a", selector=NoRecompute())
+    assert plan is not None
+    assert plan.claim == Span(0, 9)
+    assert plan.runs_at(0) == [Span(0, 9)]
+    assert (plan.num_reused, plan.first_reused) == (0, None)
 
 
 def test_an_item_whose_beginning_is_computed_already_is_reused_from_there_on() -> None:
     plan = plan_of(item(0, 2, 42, "a"), num_tokens=50, num_computed=4, stored="a")
     assert plan is not None
-    assert plan.runs == (Span(4, 6),)
-    assert plan.reused == (ReusedSpan(0, Span(6, 42)),)
-    assert plan.recomputed == 2
+    assert plan.runs_at(0) == [Span(4, 6)]
+    assert reused_spans(plan) == [(0, Span(6, 42))]
+    assert plan.num_recomputed == 2
 
 
 def test_a_recompute_set_that_is_computed_already_is_not_computed_again() -> None:
     plan = plan_of(item(0, 2, 42, "a"), num_tokens=50, num_computed=16, stored="a")
     assert plan is not None
-    assert plan.runs == ()
-    assert plan.reused == (ReusedSpan(0, Span(16, 42)),)
-    assert plan.recomputed == 0
+    assert plan.runs_at(0) == []
+    assert reused_spans(plan) == [(0, Span(16, 42))]
+    assert plan.reused[0].stages == (Stage(0, ()),)
+    assert plan.num_recomputed == 0
 
 
 def test_a_recompute_set_inside_an_item_splits_it() -> None:
     plan = plan_of(item(3, 2, 12, "a"), num_tokens=20, stored="a", selector=Middle(4, 3))
     assert plan is not None
-    assert plan.runs == (Span(0, 2), Span(6, 9))
-    assert plan.reused == (ReusedSpan(3, Span(2, 6)), ReusedSpan(3, Span(9, 12)))
+    assert plan.runs_at(0) == [Span(0, 2), Span(6, 9)]
+    assert reused_spans(plan) == [(3, Span(2, 6)), (3, Span(9, 12))]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_recompute_set_with_gaps_is_taken_token_by_token(as_list: bool) -> None:
+    plan = plan_of(item(0, 2, 7, "a"), num_tokens=20, stored="a", selector=EveryOther(as_list))
+    assert plan is not None
+    assert plan.runs_at(0) == [Span(0, 3), Span(4, 5), Span(6, 7)]
+    assert reused_spans(plan) == [(0, Span(3, 4)), (0, Span(5, 6))]
+    assert plan.num_recomputed == 3
+
+
+def test_each_layer_recomputes_its_own_tokens() -> None:
+    plan = plan_of(item(0, 2, 12, "a"), num_tokens=20, stored="a", selector=Shrinking())
+    assert plan is not None
+    by_layer = [tokens(*plan.runs_at(layer)) for layer in range(NUM_LAYERS)]
+    assert by_layer[0] == [0, 1, 2, 4, 6, 8, 10]
+    assert by_layer[1] == by_layer[2] == [0, 1, 2, 6, 10]
+    assert by_layer[3] == [0, 1, 2, 10]
+    assert plan.num_computed == 7
+    assert plan.num_reused == 8
+
+
+def test_a_choice_at_run_time_is_planned_as_everything_computed() -> None:
+    cacheblend = make_selectors(NUM_LAYERS, [])["cacheblend"]
+    plan = plan_of(item(0, 2, 12, "a"), num_tokens=20, stored="a", selector=cacheblend)
+    assert plan is not None
+    [reuse] = plan.reused
+    assert reuse.blend == Blend(1, Fraction(2, 10))
+    assert plan.runs_at(0) == plan.runs_at(NUM_LAYERS - 1) == [Span(0, 12)]
+    assert (plan.num_recomputed, plan.num_reused, plan.first_reused) == (10, 8, 2)
 
 
 def test_neighbouring_items_without_recomputation_leave_no_run_between_them() -> None:
@@ -276,8 +391,8 @@ def test_neighbouring_items_without_recomputation_leave_no_run_between_them() ->
         selector=NoRecompute(),
     )
     assert plan is not None
-    assert plan.runs == ()
-    assert plan.reused == (ReusedSpan(0, Span(0, 10)), ReusedSpan(1, Span(10, 20)))
+    assert plan.runs_at(0) == []
+    assert reused_spans(plan) == [(0, Span(0, 10)), (1, Span(10, 20))]
 
 
 def test_unknown_items_behind_the_last_known_one_are_left_to_vllm() -> None:
@@ -298,8 +413,3 @@ def test_there_is_no_plan_without_a_stored_item_ahead(num_computed: int, stored:
         stored=stored,
     )
     assert plan is None
-
-
-def test_selectors_with_gaps_are_refused() -> None:
-    with pytest.raises(ValueError, match="contiguous"):
-        plan_of(item(0, 2, 12, "a"), num_tokens=20, stored="a", selector=EveryOther())

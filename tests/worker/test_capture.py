@@ -191,6 +191,58 @@ def test_keys_that_are_views_with_gaps_are_captured() -> None:
     assert_captured(capture, 1, 0, Span(0, 2))
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    span=st.integers(1, 8).map(lambda n: Span(40, 40 + n)),
+    others=st.lists(st.integers(0, 6), min_size=len(LAYERS), max_size=len(LAYERS)),
+    rng=st.randoms(use_true_random=False),
+)
+def test_a_segment_is_captured_while_other_rows_leave_from_layer_to_layer(
+    span: Span, others: list[int], rng: random.Random
+) -> None:
+    capture = make_capture()
+    slots = rng.sample(range(50), len(span) + max(others))
+    own, rest = slots[: len(span)], slots[len(span) :]
+    capture.expect("7", 0, num_tokens=len(span), offset=0, slots=torch.tensor(own))
+    for index, (layer, count) in enumerate(zip(LAYERS, sorted(others, reverse=True), strict=True)):
+        rows = [(7, span.start + i, slot) for i, slot in enumerate(own)]
+        rows += [(5, i, slot) for i, slot in enumerate(rest[:count])]
+        rng.shuffle(rows)
+        key, value = values_of(index, [(name, token) for name, token, _ in rows])
+        capture.rows_change()
+        capture.on_kv_write(layer, key, value, torch.tensor([slot for _, _, slot in rows]))
+    capture.end_pass()
+    assert_captured(capture, 7, 0, span)
+
+
+def test_a_slot_that_is_missing_after_rows_change_spoils_the_segment() -> None:
+    capture = make_capture()
+    capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([3, 9]))
+    for index, (layer, slots) in enumerate(zip(LAYERS, [[3, 9], [3, 9], [3]], strict=True)):
+        key, value = values_of(index, [(1, token) for token in range(len(slots))])
+        capture.rows_change()
+        capture.on_kv_write(layer, key, value, torch.tensor(slots))
+    capture.end_pass()
+    assert capture.finish("1", 0) is None
+
+
+def test_a_pass_that_ends_before_the_last_layer_spoils_the_segment() -> None:
+    capture = make_capture()
+    capture.expect("1", 0, num_tokens=1, offset=0, slots=torch.tensor([3]))
+    for index, layer in enumerate(LAYERS[:-1]):
+        key, value = values_of(index, [(1, 0)])
+        capture.rows_change()
+        capture.on_kv_write(layer, key, value, torch.tensor([3]))
+    capture.end_pass()
+    assert capture.finish("1", 0) is None
+
+
+def test_rows_may_change_while_nothing_is_expected() -> None:
+    capture = make_capture()
+    capture.rows_change()
+    assert not capture.is_armed
+
+
 def test_a_capture_is_armed_from_expect_until_the_pass_ends() -> None:
     capture = make_capture()
     assert not capture.is_armed
@@ -365,7 +417,7 @@ def test_a_segment_is_stored_only_if_all_its_chunks_were_captured(
     monkeypatch: pytest.MonkeyPatch,
     failing: int | None,
 ) -> None:
-    item = Item(index=0, span=Span(2, 6), key="key", encoder_key="rows")
+    item = Item(index=0, span=Span(2, 6), ordinal=0, key="key", encoder_key="rows")
     worker.begin_step(StepPlan(contexts=[RequestContext("1", list(range(8)), (item,), [])]))
     stored = 0
     for number, chunk in enumerate([Span(2, 4), Span(4, 6)]):

@@ -8,6 +8,7 @@ fail for lack of the segment.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -34,6 +35,8 @@ class ResidencyIndex:
         self._evicted: list[str] = []
         self._promised: set[str] = set()
         self._promised_before: set[str] = set()
+        self.on_forgotten: Callable[[str], None] | None = None
+        """Called with every key that is no longer known."""
 
     def __contains__(self, key: str) -> bool:
         """Whether `key` is reserved or ready."""
@@ -62,23 +65,30 @@ class ResidencyIndex:
         if key in self._entries:
             return False
         free = self._budget - self._used
-        promised = self._promised | self._promised_before
         victims = []
         for victim, entry in self._entries.items():
             if free >= num_bytes:
                 break
-            # Reserved entries are being written: they can't be evicted, only given up.
-            if entry.ranks_missing or victim in promised:
-                continue
-            victims.append(victim)
-            free += entry.num_bytes
+            if self._can_go(victim):
+                victims.append(victim)
+                free += entry.num_bytes
         if free < num_bytes:
             return False
         for victim in victims:
-            self.discard(victim)
-            self._evicted.append(victim)
+            self.evict(victim)
         self._entries[key] = _Entry(num_bytes, self._num_ranks)
         self._used += num_bytes
+        return True
+
+    def _can_go(self, key: str) -> bool:
+        # What is being written can't be evicted, only given up.
+        return self.is_ready(key) and key not in self._promised | self._promised_before
+
+    def evict(self, key: str) -> bool:
+        """Drop `key` unless it is promised or being written."""
+        if not self._can_go(key):
+            return False
+        self.lost(key)
         return True
 
     def stored(self, key: str, ranks: int) -> None:
@@ -100,6 +110,8 @@ class ResidencyIndex:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._used -= entry.num_bytes
+            if self.on_forgotten is not None:
+                self.on_forgotten(key)
 
     def take_evicted(self) -> list[str]:
         """Keys to be dropped by the workers, since the last call."""

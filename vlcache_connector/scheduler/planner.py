@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
-from ..protocol import Item, ReusedSpan, ReusePlan, Span, uncovered
-from ..selection import Budget, RecomputeSelector
+from ..protocol import Item, ItemReuse, ReusePlan, Span, Stage
+from ..selection import Selection
 
 
 def plan_reuse(
@@ -14,47 +15,70 @@ def plan_reuse(
     *,
     num_computed: int,
     num_tokens: int,
-    is_stored: Callable[[Item], bool],
-    selector: RecomputeSelector,
-    budget: Budget,
+    find_donor: Callable[[Item], str | None],
+    select: Callable[[int], Selection],
 ) -> ReusePlan | None:
     """Plan a request whose first `num_computed` tokens already have exact KV.
 
-    The claim reaches to the end of the last stored item. Inside it, tokens of stored items are
+    The claim reaches to the end of the last known item. Inside it, tokens of known items are
     reused but for their recompute sets; all others (text, unknown items in front of a known
-    one) are runs of the sparse prefill. vLLM needs at least one token of its own to compute,
+    one) are computed by the sparse prefill. vLLM needs at least one token of its own to compute,
     so the claim ends before the last token.
 
     Args:
         items: the request's items in prompt order, spans not overlapping.
         num_tokens: length of the prompt (plus outputs, when the request resumes).
+        find_donor: content key of the stored segment to reuse for an item, if there is one.
+        select: what to recompute of a segment of so many tokens.
 
     Returns:
-        None when no stored item ends behind `num_computed`.
+        None when no known item ends behind `num_computed`.
     """
-    stored = [item for item in items if item.span.end > num_computed and is_stored(item)]
-    if not stored:
+    donors = [(item, find_donor(item)) for item in items if item.span.end > num_computed]
+    known = [(item, donor) for item, donor in donors if donor is not None]
+    if not known:
         return None
-    claim = Span(num_computed, min(stored[-1].span.end, num_tokens - 1))
+    claim = Span(num_computed, min(known[-1][0].span.end, num_tokens - 1))
     if not claim:
         return None
-    reused: list[ReusedSpan] = []
-    recomputed = 0
-    for item in stored:
-        span = item.span.clip(claim.start, claim.end)
-        offsets = selector.select(len(item.span), budget)
-        if offsets.step != 1:
-            raise ValueError(f"selectors must give contiguous offsets, not {offsets}")
-        again = Span(item.span.start + offsets.start, item.span.start + offsets.stop)
-        again = again.clip(span.start, span.end)
-        recomputed += len(again)
-        for part in (Span(span.start, again.start), Span(again.end, span.end)):
-            if part:
-                reused.append(ReusedSpan(item.index, part))
     return ReusePlan(
         req_id=req_id,
         claim=claim,
-        runs=tuple(uncovered(claim, [part.span for part in reused])),
-        reused=tuple(reused),
-        recomputed=recomputed,
+        reused=tuple(_reuse(item, donor, claim, select(len(item.span))) for item, donor in known),
     )
+
+
+def _reuse(item: Item, donor: str, claim: Span, selection: Selection) -> ItemReuse:
+    part = item.span.clip(claim.start, claim.end)
+    return ItemReuse(
+        item=item.index,
+        donor=donor,
+        span=part,
+        stages=tuple(
+            Stage(
+                first_layer,
+                tuple(
+                    clipped
+                    for span in _spans(offsets)
+                    if (
+                        clipped := Span(
+                            item.span.start + span.start, item.span.start + span.end
+                        ).clip(part.start, part.end)
+                    )
+                ),
+            )
+            for first_layer, offsets in selection.stages
+        ),
+        blend=selection.blend,
+    )
+
+
+def _spans(offsets: Sequence[int]) -> list[Span]:
+    """Maximal stretches of ascending `offsets`."""
+    if isinstance(offsets, range) and offsets.step == 1:
+        return [Span(offsets.start, offsets.stop)] if offsets else []
+    stretches = [
+        [offset for _, offset in group]
+        for _, group in groupby(enumerate(offsets), key=lambda pair: pair[1] - pair[0])
+    ]
+    return [Span(stretch[0], stretch[-1] + 1) for stretch in stretches]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,15 @@ do not."""
 
 
 @dataclass
+class CapturedItem:
+    """An item whose KV is captured as vLLM's own forward computes it."""
+
+    key: str
+    """It will be stored under this key."""
+    next_token: int
+
+
+@dataclass
 class TrackedRequest:
     """State of one request between its arrival and its end."""
 
@@ -32,15 +42,26 @@ class TrackedRequest:
     options: RequestOptions
     pending: ReusePlan | None = None
     """Planned in `get_num_new_matched_tokens`, not yet allocated."""
-    capturing: dict[int, int] = field(default_factory=dict)
-    """Item under capture -> next token expected."""
+    capturing: dict[int, CapturedItem] = field(default_factory=dict)
+    """Items under capture."""
     context_sent: bool = False
     tier: str | None = None
     figures: PrefillFigures | None = None
+    refusal: str | None = None
+    """Why known images were not reused."""
 
     @classmethod
-    def of(cls, request: Request, fingerprint: str) -> TrackedRequest | None:
-        """Track `request`; None when it has nothing that could be reused or stored."""
+    def of(
+        cls,
+        request: Request,
+        fingerprint: str,
+        read_options: Callable[[Mapping[str, Any] | None], RequestOptions],
+    ) -> TrackedRequest | None:
+        """Track `request`; None when it has nothing that could be reused or stored.
+
+        Args:
+            read_options: reads `kv_transfer_params`; raises ConfigError where they are not valid.
+        """
         if not request.mm_features or request.prompt_token_ids is None:
             return None
         if (
@@ -51,13 +72,15 @@ class TrackedRequest:
         ):
             # Other weights, no token ids, all hidden states wanted, or a prompt that still grows.
             return None
-        items = tuple(
-            _item(index, feature, fingerprint, request.cache_salt)
-            for index, feature in enumerate(request.mm_features)
+        features = sorted(
+            enumerate(request.mm_features), key=lambda entry: entry[1].mm_position.offset
         )
-        ordered = sorted(items, key=lambda item: item.span.start)
+        items = tuple(
+            _item(index, ordinal, feature, fingerprint, request.cache_salt)
+            for ordinal, (index, feature) in enumerate(features)
+        )
         previous_end = 0
-        for item in ordered:
+        for item in items:
             if item.span.start < previous_end or item.span.end > len(request.prompt_token_ids):
                 logger.warning(
                     "VLCache: request %s has overlapping or overlong image placeholders; "
@@ -67,11 +90,11 @@ class TrackedRequest:
                 return None
             previous_end = item.span.end
         try:
-            options = RequestOptions.from_params(request.kv_transfer_params)
+            options = read_options(request.kv_transfer_params)
         except ConfigError as error:
             logger.warning("VLCache: request %s: %s; ignored", request.request_id, error)
             options = RequestOptions()
-        return cls(request=request, items=tuple(ordered), options=options)
+        return cls(request=request, items=items, options=options)
 
     def item(self, index: int) -> Item:
         """The item at `index` of the request's `mm_features`."""
@@ -93,18 +116,22 @@ class TrackedRequest:
         return {
             "reused_tokens": figures.reused_tokens,
             "recomputed_tokens": figures.recomputed_tokens,
-            "computed_tokens": figures.computed_tokens,
+            "computed_tokens": max(figures.computed_by_layer, default=0),
+            "computed_token_layers": sum(figures.computed_by_layer),
             "tier": self.tier,
             "load_seconds": round(figures.load_seconds, 6),
             "sparse_prefill_seconds": round(figures.sparse_prefill_seconds, 6),
-            "fallback": figures.fallback,
+            "fallback": figures.fallback or self.refusal,
         }
 
 
-def _item(index: int, feature: MultiModalFeatureSpec, fingerprint: str, salt: str | None) -> Item:
+def _item(
+    index: int, ordinal: int, feature: MultiModalFeatureSpec, fingerprint: str, salt: str | None
+) -> Item:
     position = feature.mm_position
     return Item(
         index=index,
+        ordinal=ordinal,
         span=Span(position.offset, position.offset + position.length),
         key=segment_key(feature.identifier, fingerprint=fingerprint, salt=salt),
         encoder_key=encoder_key(feature.identifier, fingerprint=fingerprint),

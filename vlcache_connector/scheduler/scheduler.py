@@ -7,21 +7,26 @@ vLLM seams: the scheduler-side methods of `KVConnectorBase_V1`
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
-from ..config import VLCacheConfig
-from ..protocol import CapturePlan, Item, PrefillFigures, ReusePlan, StepPlan, StepReport
-from ..selection import SELECTORS, Budget
+from ..calibration import LayerSchedule, Relation
+from ..config import ConfigError, RequestOptions, VLCacheConfig
+from ..protocol import CapturePlan, Item, ReusePlan, StepPlan, StepReport
+from ..selection import Budget, Selection, first_k_by_layer, make_selectors
 from ..support import KVShape
+from .canonical import CanonicalDonors
+from .donors import Donors
 from .fence import PrefixFence, self_test
 from .index import ResidencyIndex
 from .planner import plan_reuse
-from .requests import TrackedRequest
+from .requests import CapturedItem, TrackedRequest
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -44,6 +49,9 @@ class SchedulerSide:
         encoder_row_bytes: bytes of one encoder output row.
         segments: index of the stored KV segments.
         encoder_rows: index of the stored encoder outputs, shared with the encoder half.
+        schedules: of the `layer_aware` selector.
+        opening: tokens in front of a canonical donor; None stores what requests compute.
+        allowed: donor relations that the gate lets through.
         can_store: whether new segments may be stored (`kv_role` is a producer).
         can_reuse: whether stored segments may be reused (`kv_role` is a consumer).
     """
@@ -59,6 +67,9 @@ class SchedulerSide:
         encoder_row_bytes: int,
         segments: ResidencyIndex,
         encoder_rows: ResidencyIndex,
+        schedules: Sequence[LayerSchedule],
+        opening: Sequence[int] | None,
+        allowed: frozenset[Relation],
         can_store: bool,
         can_reuse: bool,
     ) -> None:
@@ -70,9 +81,24 @@ class SchedulerSide:
         self._encoder_row_bytes = encoder_row_bytes
         self._segments = segments
         self._encoder_rows = encoder_rows
-        self._can_store = can_store
+        self._can_store = can_store and bool(allowed)
         self._can_reuse = can_reuse
-        self._selector = SELECTORS[config.selector]()
+        self._donors = Donors(segments, allowed=allowed, max_variants=config.donor_variants)
+        self._is_gated = not allowed
+        self._canonical: CanonicalDonors | None = None
+        if opening is not None:
+            self._canonical = CanonicalDonors(
+                opening, encoder_rows, block_size=shape.block_size, give_up=segments.discard
+            )
+        self._selectors = make_selectors(shape.num_layers, schedules)
+        if config.selector not in self._selectors:
+            raise ConfigError(
+                "kv_connector_extra_config: selector='layer_aware' needs a schedule of this model; "
+                "run `vlcache calibrate` and name its file in `calibration`, or choose "
+                "selector='first_k'"
+            )
+        self.refused: Counter[str] = Counter()
+        """Requests that were computed although their images are known, by reason."""
         self.failures: Counter[str] = Counter()
         """What went wrong, by kind; each cost only reuse."""
         self._live: dict[str, Request] = {}
@@ -94,12 +120,43 @@ class SchedulerSide:
         """Start tracking a request."""
         self._live[request.request_id] = request
         try:
-            tracked = TrackedRequest.of(request, self._fingerprint)
+            tracked = TrackedRequest.of(request, self._fingerprint, self._read_options)
         except Exception:
             self._failed("request could not be read", request.request_id)
             return
         if tracked is not None:
             self._requests[request.request_id] = tracked
+
+    def _read_options(self, params: Mapping[str, Any] | None) -> RequestOptions:
+        options = RequestOptions.from_params(params)
+        ratios = options.layer_ratios
+        if ratios is not None and len(ratios) != self._shape.num_layers:
+            raise ConfigError(
+                f"kv_transfer_params.vlcache: layer_ratios={ratios!r} has {len(ratios)} entries, "
+                f"the model {self._shape.num_layers} layers"
+            )
+        if (
+            self._config.gate == "require"
+            and options.enabled
+            and (
+                options.selector is not None
+                or ratios is not None
+                or (
+                options.recompute_ratio is not None
+                and options.recompute_ratio < self._config.recompute_ratio
+            )
+            )
+        ):
+            raise ConfigError(
+                "kv_transfer_params.vlcache: with gate=require a request can only switch reuse "
+                f"off or raise recompute_ratio above {self._config.recompute_ratio}"
+            )
+        if options.selector is not None and options.selector not in self._selectors:
+            raise ConfigError(
+                f"kv_transfer_params.vlcache: selector={options.selector!r} needs a calibration "
+                f"file; allowed are {', '.join(self._selectors)}"
+            )
+        return options
 
     def _failed(self, what: str, req_id: str) -> None:
         """Count and log an exception that costs a request its reuse, and nothing else."""
@@ -130,8 +187,8 @@ class SchedulerSide:
         in_step = sum(other.num_computed for other in self._step_reuse)
         if in_step and in_step + plan.num_computed > self._max_batched_tokens:
             return None, False
-        if self._fence is not None and plan.reused:
-            self._fence.raise_at(request, plan.reused[0].span.start)
+        if self._fence is not None and plan.first_reused is not None:
+            self._fence.raise_at(request, plan.first_reused)
         tracked.pending = plan
         return len(plan.claim), False
 
@@ -158,11 +215,6 @@ class SchedulerSide:
             item = tracked.item(index)
             self._encoder_rows.reserve(item.encoder_key, self._encoder_bytes(item))
         tracked.tier = "cpu"
-        tracked.figures = PrefillFigures(
-            reused_tokens=plan.num_reused,
-            recomputed_tokens=plan.recomputed,
-            computed_tokens=plan.num_computed,
-        )
         self._step_reuse.append(plan)
 
     def _plan(self, tracked: TrackedRequest, num_computed: int) -> ReusePlan | None:
@@ -172,18 +224,15 @@ class SchedulerSide:
         if request.skip_reading_prefix_cache:
             # vLLM itself would then throw the claim away.
             return None
-        ratio = tracked.options.recompute_ratio
+        if self._is_gated or any(self._donors.is_forbidden(item) for item in tracked.items):
+            tracked.refusal = "gate"
         plan = plan_reuse(
             request.request_id,
             tracked.items,
             num_computed=num_computed,
             num_tokens=request.num_tokens,
-            is_stored=lambda item: self._segments.is_ready(item.key),
-            selector=self._selector,
-            budget=Budget(
-                ratio=self._config.recompute_ratio if ratio is None else ratio,
-                min_tokens=self._config.min_recompute_tokens,
-            ),
+            find_donor=self._donors.find,
+            select=functools.partial(self._select, tracked.options),
         )
         if plan is None:
             return None
@@ -196,16 +245,24 @@ class SchedulerSide:
             if feature.data is None:
                 return None
             encoder_inputs[item.index] = (feature.modality, feature.data)
-        for part in plan.reused:
-            self._segments.promise(tracked.item(part.item).key)
+        for reuse in plan.reused:
+            self._segments.promise(reuse.donor)
         return replace(plan, encoder_inputs=encoder_inputs)
+
+    def _select(self, options: RequestOptions, num_tokens: int) -> Selection:
+        ratio, min_tokens = options.recompute_ratio, self._config.min_recompute_tokens
+        budget = Budget(self._config.recompute_ratio if ratio is None else ratio, min_tokens)
+        if options.layer_ratios is not None:
+            return first_k_by_layer(num_tokens, options.layer_ratios, budget)
+        return self._selectors[options.selector or self._config.selector].select(num_tokens, budget)
 
     @staticmethod
     def _items_in_runs(tracked: TrackedRequest, plan: ReusePlan) -> list[Item]:
+        runs = plan.runs_at(0)
         return [
             item
             for item in tracked.items
-            if any(item.span.clip(run.start, run.end) for run in plan.runs)
+            if any(item.span.clip(run.start, run.end) for run in runs)
         ]
 
     def _prefix_is_in_flight(self, request: Request, num_computed: int) -> bool:
@@ -232,19 +289,29 @@ class SchedulerSide:
 
     def _captures_in(self, tracked: TrackedRequest, plan: ReusePlan) -> dict[int, str]:
         """Unknown items that the sparse prefill computes from first to last token."""
-        return {
-            item.index: item.key
-            for item in self._items_in_runs(tracked, plan)
-            if any(run.start <= item.span.start and item.span.end <= run.end for run in plan.runs)
-            and self._reserve(item)
-        }
+        reused = {reuse.item for reuse in plan.reused}
+        captures = {}
+        for item in tracked.items:
+            inside = plan.claim.start <= item.span.start and item.span.end <= plan.claim.end
+            if inside and item.index not in reused:
+                key = self._reserve(tracked, item)
+                if key is not None:
+                    captures[item.index] = key
+        return captures
 
-    def _reserve(self, item: Item) -> bool:
-        return (
-            self._can_store
-            and len(item.span) >= self._config.min_segment_tokens
-            and self._segments.reserve(item.key, self._segment_bytes(item))
-        )
+    def _reserve(self, tracked: TrackedRequest, item: Item) -> str | None:
+        """Key to capture a new item under, None when it is not to be captured."""
+        if not self._can_store or len(item.span) < self._config.min_segment_tokens:
+            return None
+        if self._canonical is None:
+            return self._donors.reserve(item, self._segment_bytes(item))
+        if not self._canonical.is_full:
+            key = self._donors.reserve(replace(item, ordinal=0), self._segment_bytes(item))
+            if key is not None:
+                context = tracked.context()
+                token_ids = context.prompt_token_ids[item.span.start : item.span.end]
+                self._canonical.add(item, key, token_ids, context.position_features[item.index])
+        return None
 
     def _segment_bytes(self, item: Item) -> int:
         return len(item.span) * self._shape.bytes_per_token
@@ -267,20 +334,25 @@ class SchedulerSide:
             if not part:
                 continue
             if part.start == item.span.start:
-                if not self._reserve(item):
+                key = self._reserve(tracked, item)
+                if key is None:
                     continue
-            elif tracked.capturing.get(item.index) != part.start:
+                tracked.capturing[item.index] = CapturedItem(key, part.start)
+            captured = tracked.capturing.get(item.index)
+            if captured is None or captured.next_token != part.start:
                 continue
-            tracked.capturing[item.index] = part.end
+            captured.next_token = part.end
             if part.end == item.span.end:
                 del tracked.capturing[item.index]
             last_block = -(-part.end // self._shape.block_size)
-            captures.append(CapturePlan(req_id, item.index, item.key, part, block_ids[:last_block]))
+            captures.append(
+                CapturePlan(req_id, item.index, captured.key, part, block_ids[:last_block])
+            )
         return captures
 
     def _give_up_captures(self, tracked: TrackedRequest) -> None:
-        for index in tracked.capturing:
-            self._segments.discard(tracked.item(index).key)
+        for captured in tracked.capturing.values():
+            self._segments.discard(captured.key)
         tracked.capturing.clear()
 
     # -- steps ------------------------------------------------------------------------------
@@ -300,6 +372,14 @@ class SchedulerSide:
                 tracked = self._requests.get(req_id)
                 if tracked is not None and tracked.options.enabled:
                     plan.captures += self._plan_captures(tracked, num_scheduled)
+        if self._canonical is not None:
+            assert self._kv_cache_manager is not None
+            is_quiet = all(count == 1 for count in output.num_scheduled_tokens.values())
+            canonical = self._canonical.next_plan(
+                self._kv_cache_manager.block_pool, is_quiet=is_quiet
+            )
+            if canonical is not None:
+                plan.canonical.append(canonical)
         involved = [p.req_id for p in plan.reuse] + [p.req_id for p in plan.captures]
         for req_id in dict.fromkeys(involved):
             tracked = self._requests[req_id]
@@ -316,6 +396,10 @@ class SchedulerSide:
         """Take in what the workers stored, lost and measured."""
         for key, ranks in report.stored.items():
             self._segments.stored(key, ranks)
+        if self._canonical is not None:
+            assert self._kv_cache_manager is not None
+            for key in {*report.stored, *report.lost}:
+                self._canonical.finish(key, self._kv_cache_manager.block_pool)
         self.failures.update(report.failures)
         for key in report.lost:
             self._segments.lost(key)
@@ -343,6 +427,8 @@ class SchedulerSide:
             self._fence.forget(request.request_id)
         if tracked is None:
             return None
+        if tracked.refusal is not None:
+            self.refused[tracked.refusal] += 1
         self._give_up_captures(tracked)
         if tracked.context_sent:
             self._finished.append(request.request_id)
@@ -354,5 +440,7 @@ class SchedulerSide:
 
     def reset(self) -> None:
         """Drop everything that is stored."""
+        if self._canonical is not None:
+            self._canonical.clear()
         self._segments.clear()
         self._encoder_rows.clear()

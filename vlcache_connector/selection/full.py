@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .base import Budget, RecomputeSelector
+from .base import Budget, RecomputeSelector, Selection
 
 
 class FullRecompute(RecomputeSelector):
     """Reuse no KV; the stored encoder rows still save the vision encoder's pass."""
 
-    def select(self, num_tokens: int, budget: Budget) -> range:
-        return range(num_tokens)
+    def select(self, num_tokens: int, budget: Budget) -> Selection:
+        return Selection.uniform(range(num_tokens))

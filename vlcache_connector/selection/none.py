@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .base import Budget, RecomputeSelector
+from .base import Budget, RecomputeSelector, Selection
 
 
 class NoRecompute(RecomputeSelector):
     """Reuse every token."""
 
-    def select(self, num_tokens: int, budget: Budget) -> range:
-        return range(0)
+    def select(self, num_tokens: int, budget: Budget) -> Selection:
+        return Selection.uniform(range(0))

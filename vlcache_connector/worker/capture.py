@@ -93,6 +93,10 @@ class SegmentCapture:
             start += count
         self._layers_written += 1
 
+    def rows_change(self) -> None:
+        """The layers that come next write other rows than those before."""
+        self._rows = None
+
     @property
     def is_armed(self) -> bool:
         """Whether the next forward writes anything that is expected."""

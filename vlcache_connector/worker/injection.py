@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +13,8 @@ from ..attention.hook import write_kv
 from ..rope import RotarySpec, delta_angles, rotate
 from ..store.base import Segment
 
-
-@dataclass(frozen=True)
-class ReusedRows:
-    """Part of a stored segment and where it goes.
-
-    Attributes:
-        segment: the donor's KV.
-        first: offset of the first reused token within the segment.
-        slots: int64 [n], on the device.
-        angles: float32 [1 or n, rotary_dim // 2] rotation of K, None for a bit-exact copy.
-    """
-
-    segment: Segment
-    first: int
-    slots: torch.Tensor
-    angles: torch.Tensor | None
+Rows = slice | torch.Tensor
+"""Offsets within a segment: a contiguous stretch, or int64 [n]."""
 
 
 def rotation(spec: RotarySpec, target: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
@@ -46,6 +32,42 @@ def rotation(spec: RotarySpec, target: torch.Tensor, base: torch.Tensor) -> torc
     return delta_angles(spec, delta if delta.shape[0] == 3 else delta[0])
 
 
+@dataclass(frozen=True)
+class PlacedSegment:
+    """A donor's segment at its place in a target request.
+
+    Attributes:
+        segment: the donor's KV, n tokens.
+        slots: int64 [n] of the paged KV cache, on the device.
+        angles: float32 [1 or n, rotary_dim // 2] rotation of K, None for a bit-exact copy.
+    """
+
+    segment: Segment
+    spec: RotarySpec
+    slots: torch.Tensor
+    angles: torch.Tensor | None
+
+    def kv(self, layer: int, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """K at its new position and V of `rows`, each [len(rows), kv_heads, head_dim]."""
+        device = self.slots.device
+        key, value = (
+            side[rows].to(device, non_blocking=True) for side in self.segment.layer(layer)
+        )
+        if self.angles is not None:
+            angles = self.angles if len(self.angles) == 1 else self.angles[rows]
+            key = rotate(self.spec, key, angles)
+        return key, value
+
+
+@dataclass(frozen=True)
+class ReusedRows:
+    """Tokens of a segment whose KV of some layers is the donor's."""
+
+    placed: PlacedSegment
+    rows: Rows
+    layers: range
+
+
 class Injection:
     """The reused rows of one sparse prefill.
 
@@ -53,25 +75,22 @@ class Injection:
         seconds: host time spent in `write_layer`.
     """
 
-    def __init__(self, spec: RotarySpec, parts: Sequence[ReusedRows], device: torch.device) -> None:
-        self._spec = spec
-        self._parts = parts
-        self._device = device
-        self._done: set[int] = set()
+    def __init__(self, num_layers: int, parts: Iterable[ReusedRows] = ()) -> None:
+        self._pending: list[list[ReusedRows]] = [[] for _ in range(num_layers)]
         self.seconds = 0.0
+        for part in parts:
+            self.add(part)
+
+    def add(self, part: ReusedRows) -> None:
+        """More rows, of layers that have not run yet."""
+        for layer in part.layers:
+            self._pending[layer].append(part)
 
     def write_layer(self, index: int, layer: Any) -> None:
-        """Write the reused rows of decoder layer `index`; does nothing the second time."""
-        if index in self._done:
-            return
+        """Write the reused rows of decoder layer `index`, each once."""
         start = time.perf_counter()
-        self._done.add(index)
-        for part in self._parts:
-            end = part.first + len(part.slots)
-            key, value = part.segment.layer(index)
-            key = key[part.first : end].to(self._device, non_blocking=True)
-            value = value[part.first : end].to(self._device, non_blocking=True)
-            if part.angles is not None:
-                key = rotate(self._spec, key, part.angles)
-            write_kv(layer, key, value, part.slots)
+        parts, self._pending[index] = self._pending[index], []
+        for part in parts:
+            key, value = part.placed.kv(index, part.rows)
+            write_kv(layer, key, value, part.placed.slots[part.rows])
         self.seconds += time.perf_counter() - start

@@ -9,10 +9,10 @@ import torch
 from vllm.logger import init_logger
 
 from ..attention.metadata import slots_of
-from ..protocol import Item, ReusePlan, StepReport
+from ..protocol import Item, ReusePlan, Span, StepReport
 from ..store import Segment, SegmentStore
 from ..support import KVShape
-from .injection import Injection, ReusedRows, rotation
+from .injection import Injection, PlacedSegment, ReusedRows, Rows, rotation
 from .model import SparsePrefillModel
 from .ranks import all_ranks_have
 from .sparse_prefill import PrefillJob, RequestInputs
@@ -25,7 +25,8 @@ class LoadedPlan:
     """A plan and the donors it reuses; both shrink when something can't be had.
 
     Attributes:
-        segments: item -> read handle of its segment.
+        segments: item -> read handle of its donor's segment.
+        placed: item -> the same segment at its place in the request.
         encoder_rows: read handles of the encoder rows that the jobs use.
         fallback: why less is reused than was planned.
     """
@@ -33,6 +34,7 @@ class LoadedPlan:
     plan: ReusePlan
     inputs: RequestInputs
     segments: dict[int, Segment] = field(default_factory=dict)
+    placed: dict[int, PlacedSegment] = field(default_factory=dict)
     encoder_rows: list[Segment] = field(default_factory=list)
     fallback: str | None = None
 
@@ -40,6 +42,7 @@ class LoadedPlan:
         """Compute all tokens of `items` instead of reusing their KV."""
         for index in items:
             self.plan = self.plan.without(index)
+            self.placed.pop(index, None)
             segment = self.segments.pop(index, None)
             if segment is not None:
                 segment.release()
@@ -74,29 +77,28 @@ class Loader:
     ) -> list[LoadedPlan]:
         """Open the segments of `plans`; items without one on every rank are to be computed."""
         loaded = [LoadedPlan(plan, requests[plan.req_id]) for plan in plans]
-        wanted = [
-            (entry, entry.inputs.items[index])
-            for entry in loaded
-            for index in dict.fromkeys(part.item for part in entry.plan.reused)
-        ]
-        found = [self._store.get(item.key, "kv") for _, item in wanted]
+        wanted = [(entry, reuse) for entry in loaded for reuse in entry.plan.reused]
+        found = [self._store.get(reuse.donor, "kv") for _, reuse in wanted]
         usable = all_ranks_have(
             [
-                segment is not None and self._fits(segment, item)
-                for segment, (_, item) in zip(found, wanted, strict=True)
+                segment is not None and self._fits(segment, entry.inputs.items[reuse.item])
+                for segment, (entry, reuse) in zip(found, wanted, strict=True)
             ]
         )
-        for segment, ok, (entry, item) in zip(found, usable, wanted, strict=True):
+        for segment, ok, (entry, reuse) in zip(found, usable, wanted, strict=True):
             if segment is not None:
-                entry.segments[item.index] = segment
-            if not ok:
+                entry.segments[reuse.item] = segment
+            if ok:
+                assert segment is not None
+                entry.placed[reuse.item] = self._place(entry, reuse.item, segment)
+            else:
                 logger.warning(
                     "VLCache: segment %s of request %s is missing or of another shape; recomputing",
-                    item.key[:16],
+                    reuse.donor[:16],
                     entry.plan.req_id,
                 )
-                report.lost.add(item.key)
-                entry.compute_instead([item.index], "segment lost")
+                report.lost.add(reuse.donor)
+                entry.compute_instead([reuse.item], "segment lost")
         return loaded
 
     def _fits(self, segment: Segment, item: Item) -> bool:
@@ -113,8 +115,9 @@ class Loader:
     def job(self, entry: LoadedPlan, report: StepReport) -> PrefillJob | None:
         """The sparse prefill of a plan; None when tokens of an item can't be computed either."""
         rows: dict[int, torch.Tensor] = {}
+        runs = entry.plan.runs_at(0)
         for item in entry.inputs.items.values():
-            if not any(item.span.clip(run.start, run.end) for run in entry.plan.runs):
+            if not any(item.span.clip(run.start, run.end) for run in runs):
                 continue
             stored = self._stored_rows(item)
             everywhere = all_ranks_have([stored is not None])[0]
@@ -126,7 +129,7 @@ class Loader:
             else:
                 report.encoder_lost.add(item.encoder_key)
                 return None
-        return PrefillJob(entry.plan, entry.inputs, rows)
+        return PrefillJob(entry.plan, entry.inputs, rows, entry.placed)
 
     def _stored_rows(self, item: Item) -> Segment | None:
         segment = self._store.get(item.encoder_key, "encoder")
@@ -143,26 +146,39 @@ class Loader:
             report.encoder_lost.add(item.encoder_key)
         return rows
 
+    def _place(self, entry: LoadedPlan, index: int, segment: Segment) -> PlacedSegment:
+        item, base = entry.inputs.items[index], segment.info.positions
+        assert base is not None
+        target = entry.inputs.positions[:, item.span.start : item.span.end]
+        angles = rotation(self._model.rotary, target, base)
+        # A claim may end inside the item; tokens behind it have no slot that anyone writes to.
+        end = min(item.span.end, entry.plan.claim.end)
+        slots = slots_of(Span(item.span.start, end), entry.plan.block_ids, self._shape.block_size)
+        return PlacedSegment(
+            segment=segment,
+            spec=self._model.rotary,
+            slots=torch.from_numpy(slots).to(self._device, non_blocking=True),
+            angles=None if angles is None else angles.to(self._device),
+        )
+
     def injection(self, loaded: Sequence[LoadedPlan]) -> Injection:
-        """The reused rows of all plans, with the rotation from donor to target positions."""
+        """The reused rows of all plans, as far as they are known before the prefill runs."""
+        num_layers = self._shape.num_layers
         parts = []
         for entry in loaded:
-            for reused in entry.plan.reused:
-                item, segment = entry.inputs.items[reused.item], entry.segments[reused.item]
-                first = reused.span.start - item.span.start
-                base = segment.info.positions
-                assert base is not None
-                target = entry.inputs.positions[:, reused.span.start : reused.span.end]
-                angles = rotation(
-                    self._model.rotary, target, base[:, first : first + len(reused.span)]
-                )
-                slots = slots_of(reused.span, entry.plan.block_ids, self._shape.block_size)
-                parts.append(
-                    ReusedRows(
-                        segment=segment,
-                        first=first,
-                        slots=torch.from_numpy(slots).to(self._device, non_blocking=True),
-                        angles=None if angles is None else angles.to(self._device),
-                    )
-                )
-        return Injection(self._model.rotary, parts, self._device)
+            for reuse in entry.plan.reused:
+                first = entry.inputs.items[reuse.item].span.start
+                ends = [stage.first_layer for stage in reuse.stages[1:]] + [num_layers]
+                for stage, end in zip(reuse.stages, ends, strict=True):
+                    spans = reuse.reused_at(stage.first_layer)
+                    if spans:
+                        layers = range(stage.first_layer, end)
+                        rows = self._rows(spans, first)
+                        parts.append(ReusedRows(entry.placed[reuse.item], rows, layers))
+        return Injection(num_layers, parts)
+
+    def _rows(self, spans: Sequence[Span], first: int) -> Rows:
+        if len(spans) == 1:
+            return slice(spans[0].start - first, spans[0].end - first)
+        offsets = [torch.arange(span.start - first, span.end - first) for span in spans]
+        return torch.cat(offsets)

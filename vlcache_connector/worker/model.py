@@ -1,17 +1,20 @@
 """The model object, and what the sparse prefill asks of it.
 
-vLLM seams: `SupportsMultiModal.embed_multimodal` / `embed_input_ids`, `SupportsMRoPE`
-(`vllm/model_executor/models/interfaces.py`), and one patch, `BaseModelLoader.load_model`
-(`vllm/model_executor/model_loader/base_loader.py`): connectors are not handed the model, and
-this is the only place that sees it for both model runners.
+vLLM seams: `SupportsMultiModal.embed_multimodal` / `embed_input_ids` / `get_language_model`,
+`SupportsMRoPE` (`vllm/model_executor/models/interfaces.py`), the decoder layers' call, Qwen3-VL's
+deepstack buffers (`vllm/model_executor/models/qwen3_vl.py`), and one patch,
+`BaseModelLoader.load_model` (`vllm/model_executor/model_loader/base_loader.py`): connectors are
+not handed the model, and this is the only place that sees it for both model runners.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +67,23 @@ def loaded_model(vllm_config: VllmConfig) -> torch.nn.Module:
         "Install the package (its entry point is in vllm.general_plugins) and, if VLLM_PLUGINS is "
         "set, add `vlcache` to it"
     )
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive decoder layers of a pass that compute the same rows.
+
+    Attributes:
+        layers: indices of the decoder layers.
+        stays: int64, the rows of the stretch before that are left; None: all of them.
+        metadata: attention metadata per layer name.
+        slot_mapping: int64 [rows] per layer name.
+    """
+
+    layers: range
+    stays: torch.Tensor | None
+    metadata: dict[str, Any]
+    slot_mapping: dict[str, torch.Tensor]
 
 
 class SparsePrefillModel:
@@ -133,18 +153,20 @@ class SparsePrefillModel:
         positions: torch.Tensor,
         encoder_rows: list[torch.Tensor],
         is_embed: torch.Tensor,
-        metadata: dict[str, Any],
-        slot_mapping: dict[str, torch.Tensor],
+        stretches: Iterator[Stretch],
     ) -> None:
         """One pass over scattered tokens; its only result is their KV in the paged cache.
+
+        A pass whose rows stay the same runs as a whole, as vLLM would run it (compiled, if so
+        configured); one whose rows shrink runs layer by layer.
 
         Args:
             token_ids: int64 [n].
             positions: int64 [3, n] or [1, n].
             encoder_rows: the encoder rows of the tokens with `is_embed`, in order, on any device.
             is_embed: bool [n], on the CPU.
-            metadata: attention metadata per layer name.
-            slot_mapping: int64 [n] per layer name.
+            stretches: at least one; each is asked for when the one before has run. Layers behind
+                the last one are left out.
         """
         with self._own_deepstack_buffers():
             embeds = self._model.embed_input_ids(
@@ -153,21 +175,64 @@ class SparsePrefillModel:
                     rows.to(self._device, non_blocking=True) for rows in encoder_rows
                 ],
                 is_multimodal=is_embed.to(self._device),
-            )
-            axes = positions if positions.shape[0] == 3 else positions[0]
-            with set_forward_context(
-                metadata,
-                self._vllm_config,
-                num_tokens=len(token_ids),
-                cudagraph_runtime_mode=CUDAGraphMode.NONE,
-                slot_mapping=slot_mapping,
-            ):
-                self._model(
-                    input_ids=None,
-                    positions=axes.to(self._device).contiguous(),
-                    intermediate_tensors=None,
-                    inputs_embeds=embeds.to(model_dtype(self._vllm_config)),
-                )
+            ).to(model_dtype(self._vllm_config))
+            axes = (positions if positions.shape[0] == 3 else positions[0]).to(self._device)
+            first = next(stretches)
+            if len(first.layers) == len(self.layers):
+                with self._context(first, len(embeds)):
+                    self._model(
+                        input_ids=None,
+                        positions=axes.contiguous(),
+                        intermediate_tensors=None,
+                        inputs_embeds=embeds,
+                    )
+                next(stretches, None)
+            else:
+                self._run_by_layer(embeds, axes, itertools.chain([first], stretches))
+
+    def _run_by_layer(
+        self, hidden: torch.Tensor, positions: torch.Tensor, stretches: Iterator[Stretch]
+    ) -> None:
+        layers = self._decoder_layers()
+        deepstack = self._take_deepstack(len(hidden))
+        residual = None
+        for stretch in stretches:
+            if stretch.stays is not None:
+                stays = stretch.stays.to(self._device)
+                hidden, positions = hidden[stays], positions[..., stays]
+                residual = None if residual is None else residual[stays]
+                deepstack = [rows[stays] for rows in deepstack]
+            positions = positions.contiguous()
+            with self._context(stretch, len(hidden)):
+                for index in stretch.layers:
+                    hidden, residual = layers[index](positions, hidden, residual)
+                    if index < len(deepstack):
+                        hidden = hidden + deepstack[index]
+
+    def _context(self, stretch: Stretch, num_tokens: int) -> AbstractContextManager[None]:
+        return set_forward_context(
+            stretch.metadata,
+            self._vllm_config,
+            num_tokens=num_tokens,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            slot_mapping=stretch.slot_mapping,
+        )
+
+    def _decoder_layers(self) -> Sequence[Any]:
+        """The decoder layers: `layer(positions, hidden, residual) -> (hidden, residual)`."""
+        layers: Sequence[Any] = self._model.get_language_model().model.layers
+        if len(layers) != len(self.layers):
+            raise RuntimeError(f"{len(layers)} decoder layers for {len(self.layers)} KV caches")
+        return layers
+
+    def _take_deepstack(self, num_tokens: int) -> list[torch.Tensor]:
+        """Rows [num_tokens, width] that Qwen3-VL adds behind its first layers, one per layer."""
+        if not getattr(self._model, "deepstack_input_embeds_num_tokens", 0):
+            return []
+        rows = self._model._get_deepstack_input_embeds(num_tokens).tensors
+        taken = [rows[name].clone() for name in sorted(rows, key=_number_behind)]
+        self._model._clear_deepstack_input_embeds(num_tokens)
+        return taken
 
     @contextmanager
     def _own_deepstack_buffers(self) -> Iterator[None]:
@@ -185,3 +250,7 @@ class SparsePrefillModel:
             yield
         finally:
             self._model._set_deepstack_input_embeds(torch.stack(saved))
+
+
+def _number_behind(name: str) -> int:
+    return int(name.rsplit("_", 1)[1])

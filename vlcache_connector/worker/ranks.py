@@ -22,3 +22,9 @@ def all_ranks_have(flags: Sequence[bool]) -> list[bool]:
     votes = torch.tensor(flags, dtype=torch.int32)
     torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
     return [bool(vote) for vote in votes]
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum of each rank's `values`, on every rank."""
+    total: torch.Tensor = get_tp_group().all_reduce(values)
+    return total

@@ -2,21 +2,25 @@
 
 It computes the tokens of a reuse plan that have no stored KV, attending over computed and reused
 KV alike, through the very same model object that vLLM runs. Several requests go into one pass;
-a pass never exceeds `max_tokens`.
+a pass never exceeds `max_tokens`. Where a plan's recompute sets shrink from layer to layer, the
+rows that are no longer needed leave the pass, and with them their attention and MLP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from ..attention.metadata import MetadataFactory, Row, slots_of
-from ..protocol import Item, ReusePlan, Span
+from ..protocol import Item, ItemReuse, ReusePlan, Span
+from .blend import most_deviating
 from .capture import SegmentCapture
-from .model import SparsePrefillModel
+from .injection import Injection, PlacedSegment, ReusedRows
+from .model import SparsePrefillModel, Stretch
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,86 @@ class PrefillJob:
         plan: what is computed.
         inputs: the request's prompt.
         encoder_rows: item -> rows [n_embeds, width] on any device, for items inside runs.
+        placed: item -> its donor's segment, for the items that `plan` reuses.
     """
 
     plan: ReusePlan
     inputs: RequestInputs
     encoder_rows: dict[int, torch.Tensor]
+    placed: dict[int, PlacedSegment]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of one job's tokens in a pass, and the pass's row it begins at."""
+
+    job: PrefillJob
+    span: Span
+    row: int
+
+    def rows_of(self, span: Span) -> slice:
+        """The pass's rows of those tokens of `span` that are in this part."""
+        own = span.clip(self.span.start, self.span.end)
+        return slice(self.row + own.start - self.span.start, self.row + own.end - self.span.start)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The tokens of one forward, which are its rows, and which of them each layer computes."""
+
+    parts: Sequence[_Part]
+
+    @property
+    def num_rows(self) -> int:
+        last = self.parts[-1]
+        return last.row + len(last.span)
+
+    def computed_at(self, layer: int) -> np.ndarray:
+        """bool [num_rows], before any choice while the pass runs."""
+        computed = np.ones(self.num_rows, dtype=bool)
+        for part in self.parts:
+            for reuse in part.job.plan.reused:
+                for span in reuse.reused_at(layer):
+                    computed[part.rows_of(span)] = False
+        return computed
+
+    def blends_behind(self, layer: int) -> list[tuple[_Part, ItemReuse]]:
+        """Items of which rows are chosen by the keys of `layer`."""
+        return [
+            (part, reuse)
+            for part in self.parts
+            for reuse in part.job.plan.reused
+            if reuse.blend is not None
+            and reuse.blend.check_layer == layer
+            and reuse.span.clip(part.span.start, part.span.end)
+        ]
+
+    def stretches(self, num_layers: int) -> list[range]:
+        """The layers, cut where rows leave."""
+        starts = {0}
+        for part in self.parts:
+            for reuse in part.job.plan.reused:
+                starts |= {stage.first_layer for stage in reuse.stages}
+                if reuse.blend is not None:
+                    starts.add(reuse.blend.check_layer + 1)
+        cuts, computed = [0], self.computed_at(0)
+        for start in sorted(start for start in starts if 0 < start < num_layers):
+            left = self.computed_at(start)
+            if (left != computed).any() or self.blends_behind(start - 1):
+                cuts.append(start)
+            computed = left
+        return [range(*cut) for cut in pairwise([*cuts, num_layers])]
+
+    def metadata_rows(self, alive: np.ndarray) -> list[Row]:
+        """A row of attention metadata for every stretch of consecutive `alive` tokens."""
+        rows = []
+        for part in self.parts:
+            own = np.concatenate([[False], alive[part.row : part.row + len(part.span)], [False]])
+            edges = np.flatnonzero(own[1:] != own[:-1])
+            for start, end in edges.reshape(-1, 2).tolist():
+                span = Span(part.span.start + start, part.span.start + end)
+                rows.append(Row(span, part.job.plan.block_ids))
+        return rows
 
 
 class SparsePrefill:
@@ -71,57 +150,129 @@ class SparsePrefill:
         self._capture = capture
         self._max_tokens = max_tokens
         self._block_size = block_size
+        self._num_layers = len(model.layer_names)
+        self._check_layer: int | None = None
+        self._check_keys: torch.Tensor | None = None
 
-    def run(self, jobs: Sequence[PrefillJob]) -> None:
-        """Compute all runs of `jobs`; later jobs may rest on blocks that earlier ones fill."""
-        for batch in self._passes(jobs):
-            self._forward(batch)
+    def run(self, jobs: Sequence[PrefillJob], injection: Injection) -> list[tuple[int, ...]]:
+        """Compute all runs of `jobs`; later jobs may rest on blocks that earlier ones fill.
 
-    def _passes(self, jobs: Sequence[PrefillJob]) -> Iterator[list[tuple[PrefillJob, Span]]]:
-        batch: list[tuple[PrefillJob, Span]] = []
-        room = self._max_tokens
+        Args:
+            injection: takes the rows that turn out to be reused while the prefill runs.
+
+        Returns:
+            Per job, the tokens that each layer computed.
+        """
+        computed = {id(job): np.zeros(self._num_layers, dtype=np.int64) for job in jobs}
+        for parts in self._passes(jobs):
+            self._forward(_Pass(parts), injection, computed)
+        return [tuple(computed[id(job)].tolist()) for job in jobs]
+
+    def on_kv_write(self, layer: int, key: torch.Tensor) -> None:
+        """Keep the fresh keys [num_tokens, kv_heads, head_dim] of a layer that is checked."""
+        if layer == self._check_layer:
+            self._check_keys = key
+
+    def _passes(self, jobs: Sequence[PrefillJob]) -> Iterator[list[_Part]]:
+        parts: list[_Part] = []
+        used = 0
         for job in jobs:
-            for run in job.plan.runs:
+            for run in job.plan.runs_at(0):
                 start = run.start
                 while start < run.end:
-                    part = Span(start, min(run.end, start + room))
-                    batch.append((job, part))
-                    start, room = part.end, room - len(part)
-                    if room == 0:
-                        yield batch
-                        batch, room = [], self._max_tokens
-        if batch:
-            yield batch
+                    span = Span(start, min(run.end, start + self._max_tokens - used))
+                    parts.append(_Part(job, span, used))
+                    start, used = span.end, used + len(span)
+                    if used == self._max_tokens:
+                        yield parts
+                        parts, used = [], 0
+        if parts:
+            yield parts
 
-    def _forward(self, batch: Sequence[tuple[PrefillJob, Span]]) -> None:
+    def _forward(
+        self, this_pass: _Pass, injection: Injection, computed: dict[int, np.ndarray]
+    ) -> None:
         token_ids, positions, is_embed, rows = [], [], [], []
-        for job, run in batch:
-            token_ids.append(job.inputs.token_ids[run.start : run.end])
-            positions.append(job.inputs.positions[:, run.start : run.end])
-            mask = torch.zeros(len(run), dtype=torch.bool)
+        for part in this_pass.parts:
+            job, span = part.job, part.span
+            token_ids.append(job.inputs.token_ids[span.start : span.end])
+            positions.append(job.inputs.positions[:, span.start : span.end])
+            mask = torch.zeros(len(span), dtype=torch.bool)
             for item in job.inputs.items.values():
-                part = item.span.clip(run.start, run.end)
-                if part:
-                    embedded, item_rows = _rows_of(item, part, job.encoder_rows[item.index])
-                    mask[part.start - run.start : part.end - run.start] = embedded
+                own = item.span.clip(span.start, span.end)
+                if own:
+                    embedded, item_rows = _rows_of(item, own, job.encoder_rows[item.index])
+                    mask[own.start - span.start : own.end - span.start] = embedded
                     if len(item_rows):
                         rows.append(item_rows)
-                    self._expect_capture(job, item, part)
+                    self._expect_capture(job, item, own)
             is_embed.append(mask)
-        metadata, slot_mapping = self._metadata.build(
-            [Row(run, job.plan.block_ids) for job, run in batch]
-        )
         try:
             self._model.forward(
                 torch.cat(token_ids),
                 torch.cat(positions, dim=1),
                 rows,
                 torch.cat(is_embed),
-                metadata,
-                slot_mapping,
+                self._stretches(this_pass, injection, computed),
             )
         finally:
+            self._check_layer = self._check_keys = None
             self._capture.end_pass()
+
+    def _stretches(
+        self, this_pass: _Pass, injection: Injection, computed: dict[int, np.ndarray]
+    ) -> Iterator[Stretch]:
+        """The layers in stretches with the same rows; resumed when a stretch has run."""
+        alive = np.ones(this_pass.num_rows, dtype=bool)
+        for layers in this_pass.stretches(self._num_layers):
+            before = alive
+            alive = before & this_pass.computed_at(layers.start)
+            for part, reuse in this_pass.blends_behind(layers.start - 1):
+                self._blend(part, reuse, before, alive, injection)
+            self._check_layer = layers[-1] if this_pass.blends_behind(layers[-1]) else None
+            self._check_keys = None
+            for part in this_pass.parts:
+                own = alive[part.row : part.row + len(part.span)]
+                computed[id(part.job)][layers.start : layers.stop] += int(own.sum())
+            if not alive.any():
+                return
+            metadata, slot_mapping = self._metadata.build(this_pass.metadata_rows(alive))
+            self._capture.rows_change()
+            stays = None if alive[before].all() else torch.from_numpy(np.flatnonzero(alive[before]))
+            yield Stretch(layers, stays, metadata, slot_mapping)
+
+    def _blend(
+        self,
+        part: _Part,
+        reuse: ItemReuse,
+        before: np.ndarray,
+        alive: np.ndarray,
+        injection: Injection,
+    ) -> None:
+        """Let the tokens of an item go whose fresh keys are closest to the donor's.
+
+        Args:
+            before: bool [num_rows], the rows that the check layer computed.
+            alive: bool [num_rows], changed in place.
+        """
+        assert reuse.blend is not None
+        if self._check_keys is None:
+            raise RuntimeError(f"layer {reuse.blend.check_layer} wrote no keys")
+        rows = part.rows_of(reuse.span)
+        places = (np.cumsum(before) - 1)[rows]
+        fresh = self._check_keys[int(places[0]) : int(places[-1]) + 1]
+        own = reuse.span.clip(part.span.start, part.span.end)
+        start = part.job.inputs.items[reuse.item].span.start
+        placed = part.job.placed[reuse.item]
+        donor, _ = placed.kv(reuse.blend.check_layer, slice(own.start - start, own.end - start))
+        # Summed up over the passes that share an item, the counts are those of the whole item.
+        stay = reuse.blend.count(own.end - reuse.span.start)
+        stay -= reuse.blend.count(own.start - reuse.span.start)
+        chosen = most_deviating(fresh, donor, stay).numpy()
+        alive[rows] &= chosen
+        layers = range(reuse.blend.check_layer + 1, self._num_layers)
+        offsets = torch.from_numpy(np.flatnonzero(~chosen)) + own.start - start
+        injection.add(ReusedRows(placed, offsets, layers))
 
     def _expect_capture(self, job: PrefillJob, item: Item, part: Span) -> None:
         if item.index in job.plan.captures:

@@ -16,8 +16,8 @@ from vllm.logger import init_logger
 from ..attention.hook import KVWriteHook, observe_kv_writes
 from ..attention.metadata import MetadataFactory, slots_of
 from ..protocol import (
+    CanonicalPlan,
     CapturePlan,
-    Item,
     PrefillFigures,
     RequestContext,
     ReusePlan,
@@ -84,7 +84,8 @@ class WorkerSide:
         )
         self._requests: dict[str, RequestInputs] = {}
         self._injection: Injection | None = None
-        self._completed: list[tuple[str, Item]] = []
+        self._completed: list[tuple[str, int, str]] = []
+        """(request, item, content key) of captures that end with this step."""
         self._report = StepReport()
         self._invalid_blocks: set[int] = set()
         observe_kv_writes(self)
@@ -129,7 +130,7 @@ class WorkerSide:
                 slots=torch.from_numpy(slots),
             )
             if capture.span.end == item.span.end:
-                self._completed.append((capture.req_id, item))
+                self._completed.append((capture.req_id, capture.item, capture.key))
 
     def load(self, plans: Sequence[ReusePlan]) -> None:
         """Fill the KV of all claims, before vLLM's own forward.
@@ -174,28 +175,56 @@ class WorkerSide:
                 jobs.append(job)
         start = time.perf_counter()
         injection = self._injection = self._loader.injection(filled)
-        self._prefill.run(jobs)
-        # Without any run there was no forward whose layers would have asked for their KV.
+        computed = self._prefill.run(jobs, injection)
+        # What no forward's layers have asked for.
         for name, layer in self._model.layers.items():
             injection.write_layer(self._layer_index[name], layer)
         self._injection = None
         compute_seconds = time.perf_counter() - start - injection.seconds
-        for entry in filled:
+        for entry, by_layer in zip(filled, computed, strict=True):
             plan = entry.plan
             self._report.figures[plan.req_id] = PrefillFigures(
                 reused_tokens=plan.num_reused,
-                recomputed_tokens=plan.recomputed,
-                computed_tokens=plan.num_computed,
+                recomputed_tokens=plan.num_recomputed,
+                computed_by_layer=by_layer,
                 load_seconds=fetch_seconds + injection.seconds,
                 sparse_prefill_seconds=compute_seconds,
                 fallback=entry.fallback,
             )
-            self._completed += [(plan.req_id, entry.inputs.items[i]) for i in plan.captures]
+            self._completed += [(plan.req_id, item, key) for item, key in plan.captures.items()]
+
+    def compute_canonical(self, plans: Sequence[CanonicalPlan]) -> None:
+        """Compute and store new images in a clean context, after vLLM's own forward.
+
+        A failure costs the segment, nothing else.
+        """
+        for canonical in plans:
+            context, plan = canonical.context, canonical.plan
+            try:
+                inputs = {context.req_id: self._inputs_of(context)}
+                [loaded] = self._loader.fetch([plan], inputs, self._report)
+                try:
+                    job = self._loader.job(loaded, self._report)
+                    if job is None:
+                        raise RuntimeError("the image's encoder rows are gone")
+                    self._prefill.run([job], Injection(self._shape.num_layers))
+                finally:
+                    loaded.release()
+                [(item, key)] = plan.captures.items()
+                self._store_captured(context.req_id, inputs[context.req_id], item, key)
+            except Exception:
+                logger.exception("VLCache: canonical donor not computed")
+                self._report.failed("canonical")
+                self._report.lost.update(plan.captures.values())
+            finally:
+                self._capture.cancel(context.req_id)
 
     def on_kv_write(
         self, layer_name: str, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
     ) -> None:
         """Capture what was expected; see `attention.hook.KVWriteObserver`."""
+        if self._injection is not None:
+            self._prefill.on_kv_write(self._layer_index.get(layer_name, -1), key)
         if not self._capture.is_armed:
             return
         try:
@@ -223,24 +252,27 @@ class WorkerSide:
         """After the step's forwards: store the segments that are complete."""
         self._capture.end_pass()
         completed, self._completed = self._completed, []
-        for req_id, item in completed:
-            try:
-                stored = self._store_captured(req_id, item)
-            except Exception:
-                logger.exception("VLCache: segment of request %s could not be stored", req_id)
-                stored = False
-            if stored:
-                self._report.stored[item.key] = 1
-            else:
-                self._report.failed("store")
-                self._report.lost.add(item.key)
+        for req_id, item, key in completed:
+            self._store_captured(req_id, self._requests.get(req_id), item, key)
 
-    def _store_captured(self, req_id: str, item: Item) -> bool:
-        layers = self._capture.finish(req_id, item.index)
-        if layers is None:
-            return False
-        base = self._requests[req_id].positions[:, item.span.start : item.span.end]
-        return self._store.put_kv(item.key, base, layers) > 0
+    def _store_captured(
+        self, req_id: str, inputs: RequestInputs | None, item: int, key: str
+    ) -> None:
+        try:
+            layers = self._capture.finish(req_id, item)
+            if inputs is None:
+                raise RuntimeError(f"request {req_id} is unknown")
+            span = inputs.items[item].span
+            base = inputs.positions[:, span.start : span.end]
+            stored = layers is not None and self._store.put_kv(key, base, layers) > 0
+        except Exception:
+            logger.exception("VLCache: segment of request %s could not be stored", req_id)
+            stored = False
+        if stored:
+            self._report.stored[key] = 1
+        else:
+            self._report.failed("store")
+            self._report.lost.add(key)
 
     def take_report(self) -> StepReport | None:
         """What this step stored, lost and measured."""

@@ -1,0 +1,86 @@
+"""Which stored segment of an item a request may reuse, and which new one is worth storing.
+
+An image's KV depends on what stood in front of it, other images above all. So segments of one
+image are told apart by their ordinal: how many items were in front of it when they were computed.
+"""
+
+from __future__ import annotations
+
+from ..calibration import RELATIONS, Relation, relation_of
+from ..keys import split_variant, variant_key
+from ..protocol import Item
+from .index import ResidencyIndex
+
+
+class Donors:
+    """The variants of every stored item.
+
+    Args:
+        segments: index of the stored segments; tells what it forgets.
+        allowed: relations of donor and target under which KV may be reused.
+        max_variants: most segments kept of one item.
+    """
+
+    def __init__(
+        self, segments: ResidencyIndex, *, allowed: frozenset[Relation], max_variants: int
+    ) -> None:
+        self._segments = segments
+        self._allowed = allowed
+        self._max_variants = max_variants
+        self._ordinals: dict[str, dict[int, str]] = {}
+        """Item's key -> ordinal -> segment's key, least recently stored first."""
+        segments.on_forgotten = self._forget
+
+    def find(self, item: Item) -> str | None:
+        """The ready segment whose donor is nearest to the item's place, of those allowed."""
+        ready = [
+            (RELATIONS.index(relation), abs(ordinal - item.ordinal), key)
+            for ordinal, key in self._ordinals.get(item.key, {}).items()
+            if (relation := relation_of(ordinal, item.ordinal)) in self._allowed
+            and self._segments.is_ready(key)
+        ]
+        return min(ready)[2] if ready else None
+
+    def is_forbidden(self, item: Item) -> bool:
+        """Whether segments of the item are stored, but none that it may reuse."""
+        stored = self._ordinals.get(item.key, {})
+        return bool(stored) and not any(
+            relation_of(ordinal, item.ordinal) in self._allowed for ordinal in stored
+        )
+
+    def reserve(self, item: Item, num_bytes: int) -> str | None:
+        """Key to store the item's KV under, as computed at its place in this request.
+
+        Where the item has as many variants as it may have, the oldest goes.
+
+        Returns:
+            None when a variant that may be reused here is known, or there is no room.
+        """
+        known = self._ordinals.get(item.key, {})
+        if not self._is_useful(item.ordinal) or any(
+            relation_of(ordinal, item.ordinal) in self._allowed for ordinal in known
+        ):
+            return None
+        key = variant_key(item.key, str(item.ordinal))
+        if not self._segments.reserve(key, num_bytes):
+            return None
+        variants = self._ordinals.setdefault(item.key, {})
+        older = list(variants.values())
+        variants[item.ordinal] = key
+        if len(variants) > self._max_variants and not any(map(self._segments.evict, older)):
+            self._segments.discard(key)
+            return None
+        return key
+
+    def _is_useful(self, ordinal: int) -> bool:
+        """Whether any target may reuse a donor of this ordinal."""
+        return any(
+            relation_of(ordinal, target) in self._allowed for target in (0, ordinal, ordinal + 1)
+        )
+
+    def _forget(self, key: str) -> None:
+        item, ordinal = split_variant(key)
+        variants = self._ordinals.get(item, {})
+        variants.pop(int(ordinal), None)
+        if not variants:
+            self._ordinals.pop(item, None)
