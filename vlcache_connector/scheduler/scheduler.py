@@ -142,9 +142,9 @@ class SchedulerSide:
                 options.selector is not None
                 or ratios is not None
                 or (
-                options.recompute_ratio is not None
-                and options.recompute_ratio < self._config.recompute_ratio
-            )
+                    options.recompute_ratio is not None
+                    and options.recompute_ratio < self._config.recompute_ratio
+                )
             )
         ):
             raise ConfigError(
