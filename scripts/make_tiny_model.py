@@ -213,7 +213,7 @@ def make_tiny_model(
     try:
         _write_checkpoint(work, arch, DIMS[size], seed, dtype)
         files = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
-        _write_json(work / STAMP_NAME, {"parameters": parameters, "files": files})
+        write_json(work / STAMP_NAME, {"parameters": parameters, "files": files})
         work.chmod(0o755)
         _move_into_place(work, target, parameters)
     finally:
@@ -289,15 +289,15 @@ def _write_checkpoint(directory: Path, arch: str, dims: _Dims, seed: int, dtype:
         # A zero logit is never the largest in practice. So what is generated is readable text of
         # the length asked for: no early end, no stray image placeholders, no broken UTF-8.
         model.get_output_embeddings().weight[_silent_tokens(tokenizer)] = 0
-    _save_model(model.to(getattr(torch, dtype)), directory)
+    save_model(model.to(getattr(torch, dtype)), directory)
 
     image_text = "<image>" if is_llava else "<|vision_start|><|image_pad|><|vision_end|>"
     video_text = "<video>" if is_llava else "<|vision_start|><|video_pad|><|vision_end|>"
     chat_template = CHAT_TEMPLATE.replace("IMAGE_PLACEHOLDER", image_text)
     chat_template = chat_template.replace("VIDEO_PLACEHOLDER", video_text)
     _write_tokenizer(directory, tokenizer, special_tokens, chat_template)
-    _write_processors(directory, arch, dims, chat_template)
-    _write_json(
+    write_processors(directory, arch, dims, chat_template)
+    write_json(
         directory / "generation_config.json",
         {
             "bos_token_id": ids["<|endoftext|>"],
@@ -391,7 +391,7 @@ def _build_model(arch: str, dims: _Dims, ids: dict[str, int]) -> "transformers.P
     return transformers.Qwen2_5_VLForConditionalGeneration(qwen2_5_config)
 
 
-def _save_model(model: "transformers.PreTrainedModel", directory: Path) -> None:
+def save_model(model: "transformers.PreTrainedModel", directory: Path) -> None:
     """Write `config.json` and the weights under the names that published checkpoints use."""
     from safetensors.torch import load_file, save_file
     from transformers.utils import logging
@@ -520,10 +520,10 @@ def _write_tokenizer(
 ) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     model = json.loads(tokenizer.to_str())["model"]
-    _write_json(directory / "vocab.json", model["vocab"])
+    write_json(directory / "vocab.json", model["vocab"])
     merges = "\n".join(" ".join(pair) for pair in model["merges"])
     (directory / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-    _write_json(
+    write_json(
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "Qwen2Tokenizer",
@@ -554,7 +554,7 @@ def _write_tokenizer(
     )
 
 
-def _write_processors(directory: Path, arch: str, dims: _Dims, chat_template: str) -> None:
+def write_processors(directory: Path, arch: str, dims: _Dims, chat_template: str) -> None:
     common: dict[str, Any] = {
         "do_convert_rgb": True,
         "do_normalize": True,
@@ -612,13 +612,13 @@ def _write_processors(directory: Path, arch: str, dims: _Dims, chat_template: st
             "cap_pixels_per_frame": False,
         }
         processor = {"processor_class": processor_class}
-    _write_json(directory / "preprocessor_config.json", image)
-    _write_json(directory / "video_preprocessor_config.json", video)
-    _write_json(directory / "processor_config.json", processor)
+    write_json(directory / "preprocessor_config.json", image)
+    write_json(directory / "video_preprocessor_config.json", video)
+    write_json(directory / "processor_config.json", processor)
     (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch._dynamo
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -209,6 +210,10 @@ def _serve(
 ) -> None:
     os.environ.update(environment)
     try:
+        if arguments["enforce_eager"]:
+            # vLLM compiles the gathering of log-probs all the same, which takes seconds.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+            torch._dynamo.config.disable = True
         from vllm import LLM
 
         llm = LLM(model=model, **arguments)
