@@ -458,6 +458,8 @@ def run(console: Console, args: argparse.Namespace) -> int:
             connector=connector,
             extra_args=server_args,
             log_path=args.cache_dir / "logs" / f"{log_name}.log",
+            # The models run eagerly; compiling the gathering of log-probs would take seconds.
+            env={"TORCHDYNAMO_DISABLE": "1"},
             timeout=args.start_timeout,
         )
 
