@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -174,7 +175,7 @@ class ReusePlan:
         """Maximal stretches of the claim that decoder layer `layer` computes, in order."""
         return uncovered(self.claim, [span for r in self.reused for span in r.reused_at(layer)])
 
-    @property
+    @cached_property
     def num_computed(self) -> int:
         """Tokens that enter the sparse prefill."""
         return sum(map(len, self.runs_at(0)))
