@@ -149,6 +149,7 @@ def test_vllm_serve_with_one_flag(tiny_model: Callable[..., Path], tmp_path: Pat
             connector=config,
             extra_args=["--enforce-eager", "--max-model-len", "2048", "--dtype", "float32"],
             log_path=tmp_path / "server.log",
+            env={"TORCHDYNAMO_DISABLE": "1"},
         ) as server,
         make_client() as client,
     ):

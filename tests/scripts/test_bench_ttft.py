@@ -75,7 +75,7 @@ def test_quick(tmp_path: Path) -> None:
     command = [
         *(sys.executable, str(SCRIPTS / "bench_ttft.py"), "--quick", "--size", "tiny"),
         *("--repetitions", "3", "--text-repetitions", "4", "--ratios", "0.05", "0.5"),
-        *("--pause", "0"),
+        *("--pause", "0", "--sizes", "280", "560"),
         *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
     ]
     process = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
@@ -110,7 +110,7 @@ def test_quick(tmp_path: Path) -> None:
         assert entry["recomputed_tokens"] == pytest.approx(image_tokens * entry["ratio"], abs=16)
 
     page = output.with_name("ttft.md").read_text()
-    assert "| 1120 px | 2 |" in page
+    assert "| 560 px | 2 |" in page
     assert "| text only |" in page
     with Image.open(output.with_name("ttft.png")) as picture:
         assert picture.format == "PNG"
