@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Train a tiny vision-language model on the grid task (`grid_vqa`), on a CPU, in under an hour.
+"""Train a tiny vision-language model on the grid task (`grid_vqa`), on a CPU.
 
 The result is a Qwen2.5-VL checkpoint of about 4.6 M parameters that vLLM and transformers load
-like a published one, and that answers most of the task's questions.
+like a published one. How well it answers each family of questions is written beside it.
 
 Usage::
 
