@@ -82,7 +82,8 @@ class ResidencyIndex:
 
     def _can_go(self, key: str) -> bool:
         # What is being written can't be evicted, only given up.
-        return self.is_ready(key) and key not in self._promised | self._promised_before
+        is_promised = key in self._promised or key in self._promised_before
+        return self.is_ready(key) and not is_promised
 
     def evict(self, key: str) -> bool:
         """Drop `key` unless it is promised or being written."""
