@@ -193,9 +193,8 @@ class ReusePlan:
     @property
     def first_reused(self) -> int | None:
         """The first token whose KV may be a donor's in any layer; None: there is none."""
-        return min(
-            (r.first_reused for r in self.reused if r.first_reused is not None), default=None
-        )
+        firsts = (reuse.first_reused for reuse in self.reused)
+        return min((first for first in firsts if first is not None), default=None)
 
     def without(self, item: int) -> ReusePlan:
         """The same plan with all of `item`'s tokens computed instead of reused."""

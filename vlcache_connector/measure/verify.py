@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import get_args
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from .runner import Runner
 DEFAULT_THRESHOLDS = Thresholds(kl=0.05, flip_rate=0.02)
 """Mean KL divergence in nats, and the share of greedy first tokens that differ."""
 
-VERDICTS: tuple[Verdict, ...] = ("none", "single_image", "same_ordinal", "any")
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)[::-1]
 """From nothing to everything."""
 
 _Z = 1.645

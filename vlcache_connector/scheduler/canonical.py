@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import PlaceholderRange
@@ -109,7 +109,7 @@ class CanonicalDonors:
             req_id=f"vlcache-canonical-{key}",
             prompt_token_ids=[*self._opening, *token_ids],
             items=(alone,),
-            position_features=[_moved(feature, place)],
+            position_features=[replace(feature, mm_position=place)],
         )
         self._pending[key] = _Pending(alone, context, key)
 
@@ -163,7 +163,3 @@ class CanonicalDonors:
         """Forget what has not begun."""
         for pending in list(self._pending.values()):
             self._drop(pending)
-
-
-def _moved(feature: Any, place: PlaceholderRange) -> Any:
-    return replace(feature, mm_position=place)

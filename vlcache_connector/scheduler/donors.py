@@ -33,20 +33,28 @@ class Donors:
 
     def find(self, item: Item) -> str | None:
         """The ready segment whose donor is nearest to the item's place, of those allowed."""
-        ready = [
-            (RELATIONS.index(relation), abs(ordinal - item.ordinal), key)
-            for ordinal, key in self._ordinals.get(item.key, {}).items()
-            if (relation := relation_of(ordinal, item.ordinal)) in self._allowed
-            and self._segments.is_ready(key)
+        nearest_first = sorted(
+            self._reusable(item),
+            key=lambda ordinal: (
+                RELATIONS.index(relation_of(ordinal, item.ordinal)),
+                abs(ordinal - item.ordinal),
+                variant_key(item.key, str(ordinal)),
+            ),
+        )
+        keys = (self._ordinals[item.key][ordinal] for ordinal in nearest_first)
+        return next(filter(self._segments.is_ready, keys), None)
+
+    def _reusable(self, item: Item) -> list[int]:
+        """Ordinals of the item's stored variants, ready or not, that it may reuse at its place."""
+        return [
+            ordinal
+            for ordinal in self._ordinals.get(item.key, ())
+            if relation_of(ordinal, item.ordinal) in self._allowed
         ]
-        return min(ready)[2] if ready else None
 
     def is_forbidden(self, item: Item) -> bool:
         """Whether segments of the item are stored, but none that it may reuse."""
-        stored = self._ordinals.get(item.key, {})
-        return bool(stored) and not any(
-            relation_of(ordinal, item.ordinal) in self._allowed for ordinal in stored
-        )
+        return item.key in self._ordinals and not self._reusable(item)
 
     def reserve(self, item: Item, num_bytes: int) -> str | None:
         """Key to store the item's KV under, as computed at its place in this request.
@@ -56,10 +64,7 @@ class Donors:
         Returns:
             None when a variant that may be reused here is known, or there is no room.
         """
-        known = self._ordinals.get(item.key, {})
-        if not self._is_useful(item.ordinal) or any(
-            relation_of(ordinal, item.ordinal) in self._allowed for ordinal in known
-        ):
+        if self._reusable(item) or not self._is_useful(item.ordinal):
             return None
         key = variant_key(item.key, str(item.ordinal))
         if not self._segments.reserve(key, num_bytes):
