@@ -25,14 +25,14 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid_vqa import Grid, Question, Scene, list_queries, make_grid, make_prefix
+from grid_vqa import IMAGE_TOKENS, Grid, Question, Scene, list_queries, make_grid, make_prefix
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -90,9 +90,14 @@ def serve(
     model: str, connector: Mapping[str, Any], streams: Sequence[Sequence[Request]]
 ) -> list[Served]:
     """Serve each stream with one engine in a process of its own."""
+    return _in_a_process(_serve, model, dict(connector), streams)
+
+
+def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """vLLM leaves state behind in a process, so that each engine gets its own."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_serve, model, dict(connector), streams).result()
+        return pool.submit(function, *arguments).result()
 
 
 def _serve(
@@ -165,7 +170,7 @@ def quality(
 ) -> dict[str, float]:
     """Exact match, answers that differ from full recompute, mean KL, share of tokens reused."""
     reused = sum(outcome.figures.get("reused_tokens", 0) for outcome in outcomes)
-    tokens = sum(36 * len(question.grids) for question in questions)
+    tokens = sum(IMAGE_TOKENS * len(question.grids) for question in questions)
     pairs = list(zip(full, outcomes, strict=True))
     return {
         "requests": len(questions),
@@ -219,9 +224,9 @@ def measure_window(
     stream = [request_of(question, "chat", {}) for question in questions]
     exact = [replace(request, salt="full", options=FULL_RECOMPUTE) for request in stream]
     [full] = serve(model, CONNECTOR, [exact])
+    identity: ModelIdentity = _in_a_process(_read_identity, model)
     for verdict, variants in (("any", 1), ("same_ordinal", 1), ("same_ordinal", 3)):
         path = folder / f"{verdict}.yaml"
-        identity = _identity(model)
         _calibration(identity, verdict).save(path)
         connector = {
             **CONNECTOR,
@@ -238,12 +243,6 @@ def measure_window(
             "accuracy_full": accuracy(questions, full.outcomes, words),
             "seconds_over_full": served.seconds / full.seconds,
         }
-
-
-def _identity(model: str) -> ModelIdentity:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_read_identity, model).result()
 
 
 def _read_identity(model: str) -> ModelIdentity:
