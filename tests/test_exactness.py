@@ -118,7 +118,7 @@ def cold_then_warm(llm: Any, ask: Ask) -> tuple[list[Answer], np.ndarray, np.nda
     from vlcache_connector.worker import injection
 
     worker = get_kv_transfer_group()._worker
-    known = set(worker._store._resident)
+    known = set(worker._storage.host._resident)
     written: dict[str, Any] = {}
     original = injection.write_kv
 
@@ -127,13 +127,13 @@ def cold_then_warm(llm: Any, ask: Ask) -> tuple[list[Answer], np.ndarray, np.nda
         original(layer, key, value, slots)
 
     [cold] = run(llm, [ask])
-    [key] = [key for key, kind in set(worker._store._resident) - known if kind == "kv"]
+    [key] = [key for key, kind in set(worker._storage.host._resident) - known if kind == "kv"]
     injection.write_kv = spy
     try:
         [warm] = run(llm, [ask])
     finally:
         injection.write_kv = original
-    with worker._store.get(key, "kv") as segment:
+    with worker._storage.get(key, "kv") as segment:
         stored = [np.stack([part.numpy() for part in segment.layer(i)]) for i in range(4)]
         return [cold, warm], np.stack(stored), np.stack(list(written.values()))
 

@@ -50,24 +50,24 @@ def sides(llm: Any) -> tuple[Any, Any]:
 def lose_a_segment(llm: Any) -> None:
     """The worker's store loses all that the scheduler side believes to be there."""
     _, worker = sides(llm)
-    for key, kind in list(worker._store._resident):
+    for key, kind in list(worker._storage.host._resident):
         if kind == "kv":
-            worker._store.remove(key, "kv")
+            worker._storage.host.remove(key, "kv")
 
 
 def store_another_shape(llm: Any) -> None:
     """Replace all segments by ones that are a token short."""
     _, worker = sides(llm)
-    for key, kind in list(worker._store._resident):
+    for key, kind in list(worker._storage.host._resident):
         if kind != "kv":
             continue
-        with worker._store.get(key, "kv") as segment:
+        with worker._storage.get(key, "kv") as segment:
             layers = [
                 tuple(part[:-1].clone() for part in segment.layer(i))
                 for i in range(len(worker._model.layer_names))
             ]
             positions = segment.info.positions[:, :-1].clone()
-        assert worker._store.put_kv(key, positions, layers) > 0
+        assert worker._storage.host.put_kv(key, positions, layers) > 0
 
 
 def raise_fault(*args: Any, **kwargs: Any) -> Any:
@@ -85,7 +85,7 @@ def ask_with_broken(llm: Any, part: str, ask: Ask) -> tuple[Answer, dict[str, in
         "injection": (injection, "write_kv"),
         "planning": (scheduler, "_plan"),
         "capture": (worker._capture, "on_kv_write"),
-        "store": (worker._store, "put_kv"),
+        "store": (worker._storage, "put_kv"),
     }[part]
     original = getattr(owner, name)
     before = scheduler.failures.copy()
@@ -133,12 +133,12 @@ def ask_without_anything(llm: Any, ask: Ask) -> list[Answer]:
     from engine import run
 
     _, worker = sides(llm)
-    original = worker._store.get
-    worker._store.get = raise_fault
+    original = worker._storage.get
+    worker._storage.get = raise_fault
     try:
         return run(llm, [ask])
     finally:
-        worker._store.get = original
+        worker._storage.get = original
 
 
 @pytest.mark.slow

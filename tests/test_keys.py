@@ -16,21 +16,21 @@ class Named:
     """What a key is made from.
 
     Attributes:
-        kind: "kv" or "encoder"; the latter has neither salt nor rank.
+        kind: "kv" or "encoder"; the latter has neither salt nor donor.
     """
 
     kind: str
     identifier: str
     fingerprint: str
     salt: str | None
-    tp_rank: int | None
+    donor: str | None
 
     @property
     def key(self) -> str:
         if self.kind == "encoder":
             return encoder_key(self.identifier, fingerprint=self.fingerprint)
         return segment_key(
-            self.identifier, fingerprint=self.fingerprint, salt=self.salt, tp_rank=self.tp_rank
+            self.identifier, fingerprint=self.fingerprint, donor=self.donor, salt=self.salt
         )
 
 
@@ -44,7 +44,7 @@ kv_names = st.builds(
     identifier=words,
     fingerprint=words,
     salt=st.none() | words,
-    tp_rank=st.none() | st.integers(0, 3),
+    donor=words,
 )
 encoder_names = st.builds(
     Named,
@@ -52,7 +52,7 @@ encoder_names = st.builds(
     identifier=words,
     fingerprint=words,
     salt=st.none(),
-    tp_rank=st.none(),
+    donor=st.none(),
 )
 
 
@@ -63,15 +63,14 @@ def test_keys_are_equal_exactly_when_all_they_are_made_from_is(a: Named, b: Name
 
 
 @settings(deadline=None, max_examples=50)
-@given(name=kv_names, other=words, rank=st.integers(0, 7))
-def test_a_change_of_any_single_part_changes_the_key(name: Named, other: str, rank: int) -> None:
+@given(name=kv_names, other=words)
+def test_a_change_of_any_single_part_changes_the_key(name: Named, other: str) -> None:
     changed = {
-        Named("kv", other, name.fingerprint, name.salt, name.tp_rank),
-        Named("kv", name.identifier, other, name.salt, name.tp_rank),
-        Named("kv", name.identifier, name.fingerprint, other, name.tp_rank),
-        Named("kv", name.identifier, name.fingerprint, None, name.tp_rank),
-        Named("kv", name.identifier, name.fingerprint, name.salt, rank),
-        Named("kv", name.identifier, name.fingerprint, name.salt, None),
+        Named("kv", other, name.fingerprint, name.salt, name.donor),
+        Named("kv", name.identifier, other, name.salt, name.donor),
+        Named("kv", name.identifier, name.fingerprint, other, name.donor),
+        Named("kv", name.identifier, name.fingerprint, None, name.donor),
+        Named("kv", name.identifier, name.fingerprint, name.salt, other),
         Named("encoder", name.identifier, name.fingerprint, None, None),
     } - {name}
     assert name.key not in {each.key for each in changed}
@@ -80,17 +79,20 @@ def test_a_change_of_any_single_part_changes_the_key(name: Named, other: str, ra
 
 def test_no_salt_is_a_namespace_of_its_own() -> None:
     salts = [None, "", "None", "null"]
-    assert len({segment_key("image", fingerprint="model", salt=salt) for salt in salts}) == 4
-
-
-def test_no_rank_is_not_rank_zero() -> None:
-    common = segment_key("image", fingerprint="model", salt=None)
-    assert common != segment_key("image", fingerprint="model", salt=None, tp_rank=0)
+    assert (
+        len(
+            {
+                segment_key("image", fingerprint="model", donor="canonical", salt=salt)
+                for salt in salts
+            }
+        )
+        == 4
+    )
 
 
 def test_encoder_rows_and_kv_of_an_item_have_different_keys() -> None:
     assert encoder_key("image", fingerprint="model") != segment_key(
-        "image", fingerprint="model", salt=None
+        "image", fingerprint="model", donor="canonical", salt=None
     )
 
 
@@ -98,19 +100,19 @@ def test_encoder_rows_and_kv_of_an_item_have_different_keys() -> None:
     ("key", "expected"),
     [
         (
-            segment_key("image", fingerprint="model", salt=None),
-            "b996cd321e424fddf7702a7844d162738b24f91e9b76a4f00b568d04018eeb5c",
+            segment_key("image", fingerprint="model", donor="canonical", salt=None),
+            "5e91a6134f1b6d0865dc192cecd34fd131a6ec53c138fbd3c28b4f57e87b13a3",
         ),
         (
-            segment_key("image", fingerprint="model", salt="tenant", tp_rank=1),
-            "488dd0ac6bb56f36f4762a59d612fffd4ad4c655988b8a6e19a2846e1e4492ee",
+            segment_key("image", fingerprint="model", donor="first_seen", salt="tenant"),
+            "fc489dd27fbb5e9b851c869388792ba7f36078f979db936ed69d50c04fbb95ef",
         ),
         (
             encoder_key("image", fingerprint="model"),
             "25ed0b85b3ada6e0c563ddb2b9fb16e1abc6ec6d6f3928a521e5af6130ad1216",
         ),
     ],
-    ids=["kv", "kv of a rank", "encoder"],
+    ids=["kv", "kv of a tenant", "encoder"],
 )
 def test_keys_of_this_format_version_never_change(key: str, expected: str) -> None:
     """Another digest means that stores of running systems are silently lost: raise

@@ -13,6 +13,7 @@ def register() -> None:
     from .worker import model
 
     frontend.refuse_missing_embeddings()
+    frontend.mark_client_chosen_names()
     hook.install()
     model.remember_loaded_models()
     for factory, name, module in (

@@ -75,6 +75,48 @@ class VLCacheConfig(BaseModel):
     encoder_cpu_bytes: Bytes = Field(default=1 << 30, gt=0)
     """Host memory for vision encoder outputs, per tensor-parallel rank."""
 
+    device_bytes: Bytes = Field(default=0, ge=0)
+    """Device memory for copies of the KV segments used last, per tensor-parallel rank; 0: none."""
+
+    disk_path: str | None = None
+    """Directory for segments that survive a restart; None: no disk tier."""
+
+    disk_bytes: Bytes = Field(default=50 << 30, gt=0)
+    """Most bytes in `disk_path`."""
+
+    redis_url: str | None = None
+    """Redis that several servers share, without credentials; None: no Redis tier."""
+
+    redis_tls_ca_file: str | None = None
+    """Certificates that a `rediss://` server is checked against; None: the system's."""
+
+    deployment: str = Field(default="default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Servers that share segments on disk or in Redis have the same one."""
+
+    ttl_seconds: int = Field(default=7 * 24 * 3600, gt=0)
+    """Age at which segments on disk and in Redis are dropped."""
+
+    fetch_deadline_seconds: float = Field(default=1.0, gt=0.0)
+    """Longest that a request waits for segments from disk and Redis."""
+
+    write_queue_bytes: Bytes = Field(default=256 << 20, gt=0)
+    """Host memory for segments on their way to disk and Redis; what doesn't fit is not written."""
+
+    break_even: bool = True
+    """Leave a stored segment where it is if computing it takes less time than loading it."""
+
+    prefill_tokens_per_second: float | None = Field(default=None, gt=0.0)
+    """Speed of computing, for `break_even`; None: measured."""
+
+    disk_bytes_per_second: Bytes | None = Field(default=None, gt=0)
+    """Speed of loading from disk, for `break_even`; None: measured."""
+
+    redis_bytes_per_second: Bytes | None = Field(default=None, gt=0)
+    """Speed of loading from Redis, for `break_even`; None: measured."""
+
+    share_unsalted: bool = True
+    """Requests without a `cache_salt` share their segments; with `false` they reuse nothing."""
+
     share_approximate_prefix: bool = False
     """Let vLLM's exact prefix cache keep blocks that contain reused KV."""
 

@@ -34,7 +34,7 @@ from .support import (
     weights_fingerprint,
 )
 from .worker.model import SparsePrefillModel, loaded_model
-from .worker.stores import close_store, get_store
+from .worker.storage import close_storage, get_pace, get_storage
 from .worker.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             allowed=allowed_relations(self._config, calibration, model),
             can_store=self._kv_transfer_config.is_kv_producer,
             can_reuse=self._kv_transfer_config.is_kv_consumer,
+            num_ranks=vllm_config.parallel_config.tensor_parallel_size,
         )
 
     # -- worker side ------------------------------------------------------------------------
@@ -147,7 +148,8 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker = WorkerSide(
             model,
             kv_shape(self._vllm_config),
-            get_store(self._vllm_config),
+            get_storage(self._vllm_config),
+            pace=get_pace(self._vllm_config),
             vllm_config=self._vllm_config,
             kv_cache_config=self._kv_cache_config,
             device=device,
@@ -191,12 +193,16 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             plan = self._get_connector_metadata()
             assert isinstance(plan, StepPlan)
-            self._worker.end_step()
+            self._worker.end_step(plan.num_tokens)
             self._worker.compute_canonical(plan.canonical)
 
     def build_connector_worker_meta(self) -> StepReport | None:
         """What this rank stored, lost and measured."""
-        return None if self._worker is None else self._worker.take_report()
+        if self._worker is None:
+            return None
+        plan = self._get_connector_metadata()
+        assert isinstance(plan, StepPlan)
+        return self._worker.take_report(is_idle=plan.num_tokens == 0)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks of claims that could be neither loaded nor computed."""
@@ -208,7 +214,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             indices.drop_indices(self._vllm_config)
         if self._worker is not None:
             self._worker.close()
-            close_store(self._vllm_config)
+            close_storage(self._vllm_config)
 
     # -- scheduler side ---------------------------------------------------------------------
 

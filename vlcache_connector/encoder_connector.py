@@ -20,7 +20,7 @@ from .scheduler import indices
 from .scheduler.encoder import EncoderSchedulerSide
 from .support import model_fingerprint
 from .worker.encoder import EncoderWorkerSide
-from .worker.stores import close_store, get_store
+from .worker.storage import close_storage, get_storage
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,13 +50,13 @@ class VLCacheEncoderConnector(ECConnectorBase):
             )
         else:
             self._worker = EncoderWorkerSide(
-                lambda: get_store(vllm_config), torch.device(current_platform.device_type)
+                lambda: get_storage(vllm_config), torch.device(current_platform.device_type)
             )
 
     def shutdown(self) -> None:
         """Give back memory and threads."""
         if self._worker is not None:
-            close_store(self._vllm_config)
+            close_storage(self._vllm_config)
         else:
             indices.drop_indices(self._vllm_config)
 

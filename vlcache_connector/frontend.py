@@ -1,16 +1,58 @@
-"""Keeps vLLM's frontend as strict with the connector as it is without.
+"""Keeps vLLM's frontend as strict with the connector as it is without, and its hashes honest.
 
-vLLM seam, patched: `VllmConfig._resolve_mm_embedding_inputs` (`vllm/config/vllm.py`). vLLM takes
-any KV or encoder consumer for the decoding half of a split deployment, whose clients send
-embeddings instead of images and may leave out the tensor. VLCache serves images: with that door
-open, one request without its tensor would end the engine.
+vLLM seams, patched:
+
+- `VllmConfig._resolve_mm_embedding_inputs` (`vllm/config/vllm.py`). vLLM takes any KV or encoder
+  consumer for the decoding half of a split deployment, whose clients send embeddings instead of
+  images and may leave out the tensor. VLCache serves images: with that door open, one request
+  without its tensor would end the engine.
+- `ProcessorInputs.get_mm_hashes` (`vllm/multimodal/processing/inputs.py`). Clients may name an
+  image (`multi_modal_uuids`), and vLLM takes the name for its content hash. Such names are marked,
+  so that nothing is stored or found under what a client says an image is.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+_CLIENT_CHOSEN = "client-chosen:"
+"""No content hash begins like this."""
+
+
+def is_content_hash(identifier: str) -> bool:
+    """Whether vLLM's identifier of an item was computed from the item.
+
+    Adapters put their own name in front, so the mark is looked for anywhere.
+    """
+    return _CLIENT_CHOSEN not in identifier
+
+
+def mark_client_chosen_names() -> None:
+    """Patch `ProcessorInputs`, once per process."""
+    original = ProcessorInputs.get_mm_hashes
+    if hasattr(original, "_vlcache_original"):
+        return
+
+    @functools.wraps(original)
+    def get_mm_hashes(self: ProcessorInputs, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
+        hashes = original(self, *args, **kwargs)
+        named = self.mm_uuid_items or {}
+        return {
+            modality: [
+                of_item if name is None else _CLIENT_CHOSEN + of_item
+                for of_item, name in zip(
+                    of_items, named.get(modality) or [None] * len(of_items), strict=True
+                )
+            ]
+            for modality, of_items in hashes.items()
+        }
+
+    get_mm_hashes._vlcache_original = original  # type: ignore[attr-defined]
+    ProcessorInputs.get_mm_hashes = get_mm_hashes  # type: ignore[method-assign]
 
 
 def refuse_missing_embeddings() -> None:

@@ -22,22 +22,24 @@ def digest(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def segment_key(
-    identifier: str, *, fingerprint: str, salt: str | None, tp_rank: int | None = None
-) -> str:
+def segment_key(identifier: str, *, fingerprint: str, donor: str, salt: str | None) -> str:
     """Key of an item's KV segment.
 
     Args:
         identifier: vLLM's content hash of the item (`MultiModalFeatureSpec.identifier`).
-        fingerprint: digest of the model as it is run (`vllm_seams.model_fingerprint`).
+        fingerprint: digest of the model as it is run (`support.model_fingerprint`).
+        donor: in which kind of context KV is computed (`VLCacheConfig.donor`).
         salt: the request's `cache_salt`; None is a namespace of its own.
-        tp_rank: None gives the key that both sides name a segment by; a worker adds its rank
-            when it talks to a store that ranks share.
     """
-    parts = {"v": FORMAT_VERSION, "id": identifier, "model": fingerprint, "salt": salt}
-    if tp_rank is not None:
-        parts["rank"] = tp_rank
-    return digest(parts)
+    return digest(
+        {
+            "v": FORMAT_VERSION,
+            "id": identifier,
+            "model": fingerprint,
+            "donor": donor,
+            "salt": salt,
+        }
+    )
 
 
 def encoder_key(identifier: str, *, fingerprint: str) -> str:

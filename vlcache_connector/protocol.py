@@ -24,6 +24,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from .store.header import Kind
+
 
 @dataclass(frozen=True)
 class Span:
@@ -222,6 +224,53 @@ class CanonicalPlan:
     """Computes all of its claim, in blocks that belong to nobody else."""
 
 
+@dataclass(frozen=True)
+class FetchPlan:
+    """A segment that a request waits for, to be looked for in the tiers below host memory."""
+
+    keys: tuple[str, ...]
+    """Content keys that would do, best first. The first one also names the fetch."""
+    kind: Kind
+    max_bytes: int
+    """Of a segment of this many tokens, per rank; a larger value is not what it says."""
+    saved_tokens: int
+    """Tokens that need not be computed once it is there; 0: not to be weighed."""
+
+
+TIERS = ("device", "cpu", "disk", "redis")
+"""Where segments may be, fastest first."""
+
+
+def slowest(*tiers: str | None) -> str | None:
+    """The last of some tiers in `TIERS`; None where there is none."""
+    return max((tier for tier in tiers if tier is not None), key=TIERS.index, default=None)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """How a fetch ended. A segment that was found waits in the worker until it is admitted."""
+
+    ranks: int
+    """Ranks that this speaks for."""
+    key: str | None
+    """Content key of the segment that all of them found; None: some of them found none, or
+    another one."""
+    tier: str | None
+    """Slowest tier it was found in."""
+    num_bytes: int
+    """The most that a rank holds."""
+
+    def merge(self, other: Fetched) -> Fetched:
+        """The same fetch on further ranks."""
+        same = self.key is not None and self.key == other.key
+        return Fetched(
+            ranks=self.ranks + other.ranks,
+            key=self.key if same else None,
+            tier=slowest(self.tier, other.tier),
+            num_bytes=max(self.num_bytes, other.num_bytes),
+        )
+
+
 @dataclass
 class StepPlan(KVConnectorMetadata):
     """Scheduler side -> worker side, for one step."""
@@ -234,6 +283,13 @@ class StepPlan(KVConnectorMetadata):
     cancelled: list[str] = field(default_factory=list)
     """Requests whose unfinished captures are given up (preempted)."""
     finished: list[str] = field(default_factory=list)
+    fetches: list[FetchPlan] = field(default_factory=list)
+    admitted: list[str] = field(default_factory=list)
+    """Fetches whose segments move to host memory now, before anything is loaded."""
+    unwanted: list[str] = field(default_factory=list)
+    """Fetches whose segments, if there are any, are thrown away."""
+    num_tokens: int = 0
+    """Tokens that vLLM's own forward computes in this step."""
     dropped_segments: list[str] = field(default_factory=list)
     """Content keys of evicted KV segments."""
     dropped_encoder: list[str] = field(default_factory=list)
@@ -254,6 +310,8 @@ class PrefillFigures:
     """Fetching segments and writing their rotated KV into the paged cache."""
     sparse_prefill_seconds: float = 0.0
     """The passes that computed the request's runs (shared with other requests of the step)."""
+    is_on_device: bool = False
+    """All reused segments were in device memory already."""
     fallback: str | None = None
     """Why less was reused than planned, if so."""
 
@@ -267,6 +325,7 @@ class PrefillFigures:
             ),
             load_seconds=max(self.load_seconds, other.load_seconds),
             sparse_prefill_seconds=max(self.sparse_prefill_seconds, other.sparse_prefill_seconds),
+            is_on_device=self.is_on_device and other.is_on_device,
             fallback=self.fallback or other.fallback,
         )
 
@@ -281,10 +340,14 @@ class StepReport(KVConnectorWorkerMetadata):
     """KV segments that could not be stored, or were missing or refused at load, on some rank."""
     encoder_stored: dict[str, int] = field(default_factory=dict)
     encoder_lost: set[str] = field(default_factory=set)
+    fetched: dict[str, Fetched] = field(default_factory=dict)
+    """Fetches that ended, by name."""
     figures: dict[str, PrefillFigures] = field(default_factory=dict)
     """Request -> what its sparse prefill did."""
     failures: dict[str, int] = field(default_factory=dict)
     """What went wrong, by kind."""
+    events: dict[str, int] = field(default_factory=dict)
+    """What happened in the tiers below host memory, by kind."""
 
     def failed(self, what: str) -> None:
         """Count something that went wrong."""
@@ -297,8 +360,10 @@ class StepReport(KVConnectorWorkerMetadata):
             or self.lost
             or self.encoder_stored
             or self.encoder_lost
+            or self.fetched
             or self.figures
             or self.failures
+            or self.events
         )
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
@@ -307,13 +372,18 @@ class StepReport(KVConnectorWorkerMetadata):
         figures = dict(self.figures)
         for req_id, figure in other.figures.items():
             figures[req_id] = figures[req_id].merge(figure) if req_id in figures else figure
+        fetched = dict(self.fetched)
+        for name, found in other.fetched.items():
+            fetched[name] = fetched[name].merge(found) if name in fetched else found
         return StepReport(
+            fetched=fetched,
             stored=_add_counts(self.stored, other.stored),
             lost=self.lost | other.lost,
             encoder_stored=_add_counts(self.encoder_stored, other.encoder_stored),
             encoder_lost=self.encoder_lost | other.encoder_lost,
             figures=figures,
             failures=_add_counts(self.failures, other.failures),
+            events=_add_counts(self.events, other.events),
         )
 
 

@@ -186,15 +186,14 @@ def inert_reason(vllm_config: VllmConfig) -> str | None:
 
 
 def model_fingerprint(vllm_config: VllmConfig) -> str:
-    """Digest of all that a segment's numbers depend on but the image and its context."""
+    """Digest of all that a segment's numbers depend on but the image and its context.
+
+    The same on every server that runs the same weights in the same way, wherever they lie.
+    """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    load = vllm_config.load_config
     return digest(
         {
-            "model": model.model,
-            "revision": model.revision,
-            "weights": [load.load_format, model.seed if load.load_format == "dummy" else None],
-            "hf_config": model.hf_config.to_dict(),
+            "weights": weights_fingerprint(vllm_config),
             "dtype": str(model.dtype),
             "quantization": model.quantization,
             "tp": parallel.tensor_parallel_size,

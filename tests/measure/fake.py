@@ -13,6 +13,7 @@ from vlcache_connector.measure.runner import Outcome, Request
 
 IMAGE = "<image>"
 NUM_LAYERS = 4
+IMAGE_TOKENS = 20
 
 Error = Callable[[Mapping[str, Any]], float]
 """KL divergence from a request's options."""
@@ -45,7 +46,13 @@ class FakeRunner:
     ) -> None:
         self._error = error
         self._flips = flips
-        self._figures = {"tier": "cpu", "fallback": None, **(figures or {})}
+        self._figures = {
+            "tier": "cpu",
+            "fallback": None,
+            "reused_tokens": IMAGE_TOKENS - 1,
+            "recomputed_tokens": 1,
+            **(figures or {}),
+        }
         self.seen: list[Request] = []
         self.is_closed = False
 
@@ -71,6 +78,7 @@ class FakeRunner:
             ids=np.array([0, 1]),
             logprobs=np.log([0.5 - x, 0.5 + x]),
             figures={} if is_full else {**self._figures, "computed_token_layers": 40},
+            image_tokens=IMAGE_TOKENS,
         )
 
     def close(self) -> None:

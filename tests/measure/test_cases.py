@@ -255,6 +255,13 @@ def test_targets_are_compared_with_a_full_recompute() -> None:
     ]
 
 
+def test_a_target_that_reuses_one_of_two_images_is_no_measurement() -> None:
+    [case] = cases("same_ordinal", 1)
+    runner = FakeRunner(lambda options: 0.0, figures={"reused_tokens": 9})
+    with pytest.raises(MeasurementError, match="only 10 of 20 image tokens were known"):
+        compare(runner, case, [{}])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("figures", [{"tier": None}, {"fallback": "gate"}])
 def test_a_target_that_reuses_nothing_is_no_measurement(figures: dict[str, Any]) -> None:
     [case] = cases("lone_donor", 1)

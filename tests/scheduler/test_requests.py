@@ -17,7 +17,7 @@ from vllm.multimodal.inputs import (
 )
 from vllm.v1.request import Request
 
-from vlcache_connector.config import ConfigError, RequestOptions
+from vlcache_connector.config import ConfigError, RequestOptions, VLCacheConfig
 from vlcache_connector.protocol import PrefillFigures
 from vlcache_connector.scheduler.requests import TrackedRequest
 
@@ -51,7 +51,7 @@ def request(*features: MultiModalFeatureSpec, **arguments: Any) -> Request:
 
 
 def track(made: Request) -> TrackedRequest | None:
-    return TrackedRequest.of(made, "model", RequestOptions.from_params)
+    return TrackedRequest.of(made, VLCacheConfig(), "model", RequestOptions.from_params)
 
 
 def tracked_one() -> TrackedRequest:
@@ -145,7 +145,7 @@ def test_options_are_read_by_whoever_knows_the_model() -> None:
 
     params = {"vlcache": {"selector": "full"}, "other": 1}
     made = request(feature("a", 10, 20), sampling_params=with_params(params))
-    tracked = TrackedRequest.of(made, "model", read)
+    tracked = TrackedRequest.of(made, VLCacheConfig(), "model", read)
     assert tracked is not None
     assert tracked.options == RequestOptions(selector="none")
     assert seen == [params]
@@ -155,7 +155,7 @@ def test_options_that_the_model_does_not_fit_are_ignored() -> None:
     def read(params: Mapping[str, Any] | None) -> RequestOptions:
         raise ConfigError("layer_ratios has 3 entries")
 
-    tracked = TrackedRequest.of(request(feature("a", 10, 20)), "model", read)
+    tracked = TrackedRequest.of(request(feature("a", 10, 20)), VLCacheConfig(), "model", read)
     assert tracked is not None
     assert tracked.options == RequestOptions()
 
@@ -165,7 +165,7 @@ def test_other_errors_of_reading_options_are_not_swallowed() -> None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        TrackedRequest.of(request(feature("a", 10, 20)), "model", read)
+        TrackedRequest.of(request(feature("a", 10, 20)), VLCacheConfig(), "model", read)
 
 
 def test_a_report_has_the_tokens_of_the_widest_layer_and_the_sum_over_layers() -> None:

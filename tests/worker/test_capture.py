@@ -25,6 +25,8 @@ from vlcache_connector.protocol import CapturePlan, Item, RequestContext, Span, 
 from vlcache_connector.store import LMCacheSegmentStore
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker.capture import SegmentCapture
+from vlcache_connector.worker.pace import Pace
+from vlcache_connector.worker.storage import Storage
 from vlcache_connector.worker.worker import WorkerSide
 
 LAYERS = ["layers.0.attn", "layers.1.attn", "layers.2.attn"]
@@ -399,7 +401,8 @@ def worker(tiny_model: Callable[..., Path], store: LMCacheSegmentStore) -> Itera
     side = WorkerSide(
         model,
         shape,
-        store,
+        Storage(store, shape.num_layers),
+        pace=Pace(torch.device("cpu")),
         vllm_config=config,
         kv_cache_config=KVCacheConfig(4, [], [group]),
         device=torch.device("cpu"),
@@ -430,8 +433,8 @@ def test_a_segment_is_stored_only_if_all_its_chunks_were_captured(
             for index, layer in enumerate(LAYERS):
                 key, value = values_of(index, rows, WORKER_SHAPE)
                 worker.on_kv_write(layer, key, value, torch.arange(chunk.start, chunk.end))
-            worker.end_step()
-        report = worker.take_report()
+            worker.end_step(2)
+        report = worker.take_report(is_idle=False)
         stored += 0 if report is None else report.stored.get("key", 0)
     assert stored == (failing is None)
     assert store.contains("key", "kv") == (failing is None)

@@ -370,7 +370,7 @@ def compare(
         advance: called for each of `options`.
 
     Raises:
-        MeasurementError: a target reused nothing.
+        MeasurementError: a target did not reuse all of its images.
     """
     runner.run(case.donors)
     full = replace(case.target, options=FULL_RECOMPUTE)
@@ -385,6 +385,12 @@ def _compared(reference: Outcome, outcome: Outcome) -> Comparison:
         raise MeasurementError(
             "a request reused nothing although its images are known "
             f"(fallback: {figures.get('fallback')}); see the engine's log above"
+        )
+    known = figures["reused_tokens"] + figures["recomputed_tokens"]
+    if known < outcome.image_tokens:
+        raise MeasurementError(
+            f"only {known} of {outcome.image_tokens} image tokens were known although all donors "
+            "were asked; raise cpu_bytes, or lower min_segment_tokens for small images"
         )
     return Comparison(
         kl=kl_divergence(reference, outcome),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class Outcome:
         ids: int64 [n] token ids, ascending; all of a small vocabulary, else the most likely ones.
         logprobs: float64 [n].
         figures: the response's `kv_transfer_params["vlcache"]`.
+        image_tokens: tokens of the prompt that stand for images.
         seconds: time to the token; of a request that ran alone, else None.
     """
 
@@ -51,6 +52,7 @@ class Outcome:
     ids: np.ndarray
     logprobs: np.ndarray
     figures: Mapping[str, Any]
+    image_tokens: int
     seconds: float | None = None
 
 
@@ -88,6 +90,11 @@ class Runner:
             **arguments,
         )
         vocabulary = self._llm.model_config.get_vocab_size()
+        hf_config = self._llm.model_config.hf_config
+        names = ("image_token_id", "image_token_index")
+        self._image_token = next(
+            (getattr(hf_config, n) for n in names if hasattr(hf_config, n)), None
+        )
         self._next_id = 0
         self._num_logprobs = -1 if vocabulary <= _MAX_LOGPROBS else _MAX_LOGPROBS
 
@@ -132,7 +139,7 @@ class Runner:
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
-                    outcomes[int(output.request_id)] = _outcome(output)
+                    outcomes[int(output.request_id)] = _outcome(output, self._image_token)
                     if advance is not None:
                         advance()
         return [outcomes[first + index] for index in range(len(requests))]
@@ -142,14 +149,14 @@ class Runner:
         start = time.perf_counter()
         [outcome] = self.run([request])
         seconds = time.perf_counter() - start
-        return Outcome(outcome.token, outcome.ids, outcome.logprobs, outcome.figures, seconds)
+        return replace(outcome, seconds=seconds)
 
     def close(self) -> None:
         """End the engine."""
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def _outcome(output: Any) -> Outcome:
+def _outcome(output: Any, image_token: int | None) -> Outcome:
     completion = output.outputs[0]
     entries = sorted((token, entry.logprob) for token, entry in completion.logprobs[0].items())
     return Outcome(
@@ -157,4 +164,5 @@ def _outcome(output: Any) -> Outcome:
         ids=np.array([token for token, _ in entries], dtype=np.int64),
         logprobs=np.array([logprob for _, logprob in entries]),
         figures=(output.kv_transfer_params or {}).get("vlcache", {}),
+        image_tokens=output.prompt_token_ids.count(image_token),
     )

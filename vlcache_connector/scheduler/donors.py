@@ -6,10 +6,15 @@ image are told apart by their ordinal: how many items were in front of it when t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..calibration import RELATIONS, Relation, relation_of
 from ..keys import split_variant, variant_key
 from ..protocol import Item
 from .index import ResidencyIndex
+
+_LIKELY_ORDINALS = 4
+"""Variants with fewer images in front are looked for elsewhere, wherever the target's place is."""
 
 
 class Donors:
@@ -33,28 +38,32 @@ class Donors:
 
     def find(self, item: Item) -> str | None:
         """The ready segment whose donor is nearest to the item's place, of those allowed."""
-        nearest_first = sorted(
-            self._reusable(item),
-            key=lambda ordinal: (
-                RELATIONS.index(relation_of(ordinal, item.ordinal)),
-                abs(ordinal - item.ordinal),
-                variant_key(item.key, str(ordinal)),
-            ),
-        )
+        nearest_first = self._nearest_first(item, self._ordinals.get(item.key, ()))
         keys = (self._ordinals[item.key][ordinal] for ordinal in nearest_first)
         return next(filter(self._segments.is_ready, keys), None)
 
-    def _reusable(self, item: Item) -> list[int]:
-        """Ordinals of the item's stored variants, ready or not, that it may reuse at its place."""
-        return [
-            ordinal
-            for ordinal in self._ordinals.get(item.key, ())
-            if relation_of(ordinal, item.ordinal) in self._allowed
-        ]
+    def candidates(self, item: Item) -> dict[str, int | None]:
+        """Variants to look for elsewhere, content key -> ordinal, nearest first; none while one
+        is known that may be reused."""
+        if self._nearest_first(item, self._ordinals.get(item.key, ())):
+            return {}
+        likely = {item.ordinal, *range(_LIKELY_ORDINALS)}
+        return {variant_key(item.key, str(n)): n for n in self._nearest_first(item, likely)}
+
+    def _nearest_first(self, item: Item, ordinals: Iterable[int]) -> list[int]:
+        """Those of the donor ordinals that may be reused at the item's place."""
+
+        def nearness(ordinal: int) -> tuple[int, int, int]:
+            relation = relation_of(ordinal, item.ordinal)
+            return RELATIONS.index(relation), abs(ordinal - item.ordinal), ordinal
+
+        allowed = (n for n in ordinals if relation_of(n, item.ordinal) in self._allowed)
+        return sorted(allowed, key=nearness)
 
     def is_forbidden(self, item: Item) -> bool:
         """Whether segments of the item are stored, but none that it may reuse."""
-        return item.key in self._ordinals and not self._reusable(item)
+        known = self._ordinals.get(item.key)
+        return known is not None and not self._nearest_first(item, known)
 
     def reserve(self, item: Item, num_bytes: int) -> str | None:
         """Key to store the item's KV under, as computed at its place in this request.
@@ -64,14 +73,19 @@ class Donors:
         Returns:
             None when a variant that may be reused here is known, or there is no room.
         """
-        if self._reusable(item) or not self._is_useful(item.ordinal):
+        known = self._nearest_first(item, self._ordinals.get(item.key, ()))
+        if known or not self._is_useful(item.ordinal):
             return None
-        key = variant_key(item.key, str(item.ordinal))
+        return self.adopt(item, item.ordinal, num_bytes)
+
+    def adopt(self, item: Item, ordinal: int, num_bytes: int) -> str | None:
+        """As `reserve`, for KV that was computed behind `ordinal` other items elsewhere."""
+        key = variant_key(item.key, str(ordinal))
         if not self._segments.reserve(key, num_bytes):
             return None
         variants = self._ordinals.setdefault(item.key, {})
         older = list(variants.values())
-        variants[item.ordinal] = key
+        variants[ordinal] = key
         if len(variants) > self._max_variants and not any(map(self._segments.evict, older)):
             self._segments.discard(key)
             return None

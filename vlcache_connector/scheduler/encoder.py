@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..frontend import is_content_hash
 from ..keys import encoder_key
 from ..protocol import EncoderStepPlan, EncoderStepReport
 from .index import ResidencyIndex
@@ -43,7 +44,7 @@ class EncoderSchedulerSide:
     def has_cache_item(self, identifier: str) -> bool:
         """Whether all ranks hold the rows; they stay until the step that was asked for is over."""
         key = self._key(identifier)
-        if not self._index.is_ready(key):
+        if not is_content_hash(identifier) or not self._index.is_ready(key):
             return False
         self._index.promise(key)
         return True
@@ -66,7 +67,7 @@ class EncoderSchedulerSide:
                 key = self._key(feature.identifier)
                 num_bytes = feature.mm_position.get_num_embeds() * self._row_bytes
                 self._loads.pop(feature.identifier, None)
-                if self._index.reserve(key, num_bytes):
+                if is_content_hash(feature.identifier) and self._index.reserve(key, num_bytes):
                     saves[feature.identifier] = key
         plan = EncoderStepPlan(loads=self._loads, saves=saves, dropped=self._index.take_evicted())
         self._loads, self._requests = {}, {}

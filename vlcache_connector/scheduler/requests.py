@@ -10,7 +10,8 @@ import torch
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
 
-from ..config import ConfigError, RequestOptions
+from ..config import ConfigError, RequestOptions, VLCacheConfig
+from ..frontend import is_content_hash
 from ..keys import encoder_key, segment_key
 from ..protocol import Item, PrefillFigures, RequestContext, ReusePlan, Span
 
@@ -54,12 +55,14 @@ class TrackedRequest:
     def of(
         cls,
         request: Request,
+        config: VLCacheConfig,
         fingerprint: str,
         read_options: Callable[[Mapping[str, Any] | None], RequestOptions],
     ) -> TrackedRequest | None:
         """Track `request`; None when it has nothing that could be reused or stored.
 
         Args:
+            fingerprint: `support.model_fingerprint`.
             read_options: reads `kv_transfer_params`; raises ConfigError where they are not valid.
         """
         if not request.mm_features or request.prompt_token_ids is None:
@@ -72,13 +75,34 @@ class TrackedRequest:
         ):
             # Other weights, no token ids, all hidden states wanted, or a prompt that still grows.
             return None
+        if request.cache_salt is None and not config.share_unsalted:
+            return None
+        if not all(is_content_hash(feature.identifier) for feature in request.mm_features):
+            # What a client says an image is, is not what it is.
+            return None
         features = sorted(
             enumerate(request.mm_features), key=lambda entry: entry[1].mm_position.offset
         )
-        items = tuple(
-            _item(index, ordinal, feature, fingerprint, request.cache_salt)
-            for ordinal, (index, feature) in enumerate(features)
-        )
+        items = []
+        for ordinal, (index, feature) in enumerate(features):
+            position, identifier = feature.mm_position, feature.identifier
+            items.append(
+                Item(
+                    index=index,
+                    ordinal=ordinal,
+                    span=Span(position.offset, position.offset + position.length),
+                    key=segment_key(
+                        identifier,
+                        fingerprint=fingerprint,
+                        donor=config.donor,
+                        salt=request.cache_salt,
+                    ),
+                    encoder_key=encoder_key(identifier, fingerprint=fingerprint),
+                    is_embed=None
+                    if position.is_embed is None
+                    else tuple(position.is_embed.tolist()),
+                )
+            )
         previous_end = 0
         for item in items:
             if item.span.start < previous_end or item.span.end > len(request.prompt_token_ids):
@@ -94,7 +118,7 @@ class TrackedRequest:
         except ConfigError as error:
             logger.warning("VLCache: request %s: %s; ignored", request.request_id, error)
             options = RequestOptions()
-        return cls(request=request, items=items, options=options)
+        return cls(request=request, items=tuple(items), options=options)
 
     def item(self, index: int) -> Item:
         """The item at `index` of the request's `mm_features`."""
@@ -123,20 +147,6 @@ class TrackedRequest:
             "sparse_prefill_seconds": round(figures.sparse_prefill_seconds, 6),
             "fallback": figures.fallback or self.refusal,
         }
-
-
-def _item(
-    index: int, ordinal: int, feature: MultiModalFeatureSpec, fingerprint: str, salt: str | None
-) -> Item:
-    position = feature.mm_position
-    return Item(
-        index=index,
-        ordinal=ordinal,
-        span=Span(position.offset, position.offset + position.length),
-        key=segment_key(feature.identifier, fingerprint=fingerprint, salt=salt),
-        encoder_key=encoder_key(feature.identifier, fingerprint=fingerprint),
-        is_embed=None if position.is_embed is None else tuple(position.is_embed.tolist()),
-    )
 
 
 def _without_pixels(feature: MultiModalFeatureSpec) -> MultiModalFeatureSpec:

@@ -18,7 +18,7 @@ from vllm.v1.request import RequestStatus
 
 from ..calibration import LayerSchedule, Relation
 from ..config import ConfigError, RequestOptions, VLCacheConfig
-from ..protocol import CapturePlan, Item, ReusePlan, StepPlan, StepReport
+from ..protocol import CapturePlan, Item, PrefillFigures, ReusePlan, StepPlan, StepReport
 from ..selection import Budget, Selection, first_k_by_layer, make_selectors
 from ..support import KVShape
 from .canonical import CanonicalDonors
@@ -27,6 +27,7 @@ from .fence import PrefixFence, self_test
 from .index import ResidencyIndex
 from .planner import plan_reuse
 from .requests import CapturedItem, TrackedRequest
+from .staging import Staging
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -54,6 +55,7 @@ class SchedulerSide:
         allowed: donor relations that the gate lets through.
         can_store: whether new segments may be stored (`kv_role` is a producer).
         can_reuse: whether stored segments may be reused (`kv_role` is a consumer).
+        num_ranks: tensor-parallel ranks.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class SchedulerSide:
         allowed: frozenset[Relation],
         can_store: bool,
         can_reuse: bool,
+        num_ranks: int,
     ) -> None:
         self._config = config
         self._shape = shape
@@ -85,6 +88,16 @@ class SchedulerSide:
         self._can_reuse = can_reuse
         self._donors = Donors(segments, allowed=allowed, max_variants=config.donor_variants)
         self._is_gated = not allowed
+        self._staging: Staging | None = None
+        if (config.disk_path or config.redis_url) and can_reuse and allowed:
+            self._staging = Staging(
+                segments,
+                encoder_rows,
+                self._donors,
+                num_ranks=num_ranks,
+                deadline_seconds=config.fetch_deadline_seconds,
+                max_bytes=config.cpu_bytes // num_ranks // 4,
+            )
         self._canonical: CanonicalDonors | None = None
         if opening is not None:
             self._canonical = CanonicalDonors(
@@ -101,6 +114,8 @@ class SchedulerSide:
         """Requests that were computed although their images are known, by reason."""
         self.failures: Counter[str] = Counter()
         """What went wrong, by kind; each cost only reuse."""
+        self.events: Counter[str] = Counter()
+        """What happened in the tiers below host memory, by kind."""
         self._live: dict[str, Request] = {}
         self._requests: dict[str, TrackedRequest] = {}
         self._finishing: dict[str, tuple[TrackedRequest, dict[str, Any]]] = {}
@@ -120,7 +135,9 @@ class SchedulerSide:
         """Start tracking a request."""
         self._live[request.request_id] = request
         try:
-            tracked = TrackedRequest.of(request, self._fingerprint, self._read_options)
+            tracked = TrackedRequest.of(
+                request, self._config, self._fingerprint, self._read_options
+            )
         except Exception:
             self._failed("request could not be read", request.request_id)
             return
@@ -174,6 +191,8 @@ class SchedulerSide:
             return 0, False
         tracked.pending = None
         try:
+            if self._is_being_staged(tracked, num_computed):
+                return None, False
             plan = self._plan(tracked, num_computed)
         except Exception:
             self._failed("reuse could not be planned", request.request_id)
@@ -214,15 +233,38 @@ class SchedulerSide:
         for index in plan.encoder_inputs:
             item = tracked.item(index)
             self._encoder_rows.reserve(item.encoder_key, self._encoder_bytes(item))
-        tracked.tier = "cpu"
+        staged = self._staging.tier_of(request.request_id) if self._staging else None
+        tracked.tier = staged or "cpu"
         self._step_reuse.append(plan)
+
+    def _may_reuse(self, tracked: TrackedRequest) -> bool:
+        # vLLM throws the claim away when it is not to read its prefix cache.
+        return (
+            self._can_reuse
+            and tracked.options.enabled
+            and not tracked.request.skip_reading_prefix_cache
+        )
+
+    def _is_being_staged(self, tracked: TrackedRequest, num_computed: int) -> bool:
+        """Whether what the request may reuse is still on its way into host memory."""
+        if self._staging is None or not self._may_reuse(tracked):
+            return False
+        return self._staging.is_pending(
+            tracked.request.request_id,
+            [
+                item
+                for item in tracked.items
+                if item.span.end > num_computed
+                and len(item.span) >= self._config.min_segment_tokens
+            ],
+            self._segment_bytes,
+            self._encoder_bytes,
+            functools.partial(self._saved_tokens, tracked.options),
+        )
 
     def _plan(self, tracked: TrackedRequest, num_computed: int) -> ReusePlan | None:
         request = tracked.request
-        if not (self._can_reuse and tracked.options.enabled):
-            return None
-        if request.skip_reading_prefix_cache:
-            # vLLM itself would then throw the claim away.
+        if not self._may_reuse(tracked):
             return None
         if self._is_gated or any(self._donors.is_forbidden(item) for item in tracked.items):
             tracked.refusal = "gate"
@@ -255,6 +297,14 @@ class SchedulerSide:
         if options.layer_ratios is not None:
             return first_k_by_layer(num_tokens, options.layer_ratios, budget)
         return self._selectors[options.selector or self._config.selector].select(num_tokens, budget)
+
+    def _saved_tokens(self, options: RequestOptions, item: Item) -> int:
+        """Tokens that need not be computed if the item is reused."""
+        num_tokens = len(item.span)
+        selection = self._select(options, num_tokens)
+        if selection.blend is not None:
+            return num_tokens - selection.blend.count(num_tokens)
+        return num_tokens - len(selection.stages[0][1])
 
     @staticmethod
     def _items_in_runs(tracked: TrackedRequest, plan: ReusePlan) -> list[Item]:
@@ -386,6 +436,9 @@ class SchedulerSide:
             if not tracked.context_sent:
                 tracked.context_sent = True
                 plan.contexts.append(tracked.context())
+        plan.num_tokens = output.total_num_scheduled_tokens
+        if self._staging is not None:
+            plan.fetches, plan.admitted, plan.unwanted = self._staging.take_plans()
         self._segments.settle()
         self._encoder_rows.settle()
         plan.dropped_segments = self._segments.take_evicted()
@@ -394,6 +447,8 @@ class SchedulerSide:
 
     def update_from_report(self, report: StepReport) -> None:
         """Take in what the workers stored, lost and measured."""
+        if self._staging is not None:
+            self._staging.update(report.fetched)
         for key, ranks in report.stored.items():
             self._segments.stored(key, ranks)
         if self._canonical is not None:
@@ -401,6 +456,7 @@ class SchedulerSide:
             for key in {*report.stored, *report.lost}:
                 self._canonical.finish(key, self._kv_cache_manager.block_pool)
         self.failures.update(report.failures)
+        self.events.update(report.events)
         for key in report.lost:
             self._segments.lost(key)
         for key, ranks in report.encoder_stored.items():
@@ -410,14 +466,20 @@ class SchedulerSide:
         for req_id, figures in report.figures.items():
             tracked = self._requests.get(req_id)
             if tracked is not None:
-                tracked.figures = figures
+                self._take_figures(tracked, figures)
             elif req_id in self._finishing:
                 tracked, params = self._finishing[req_id]
-                tracked.figures = figures
+                self._take_figures(tracked, figures)
                 params.update(tracked.report())
             if tracked is not None:
                 logger.debug("VLCache: request %s: %s", req_id, tracked.report())
         self._finishing.clear()
+
+    @staticmethod
+    def _take_figures(tracked: TrackedRequest, figures: PrefillFigures) -> None:
+        tracked.figures = figures
+        if figures.is_on_device and tracked.tier == "cpu":
+            tracked.tier = "device"
 
     def request_finished(self, request: Request) -> dict[str, Any] | None:
         """Forget the request; its figures go back to the client."""
@@ -425,6 +487,8 @@ class SchedulerSide:
         tracked = self._requests.pop(request.request_id, None)
         if self._fence is not None:
             self._fence.forget(request.request_id)
+        if self._staging is not None:
+            self._staging.forget(request.request_id)
         if tracked is None:
             return None
         if tracked.refusal is not None:

@@ -1,6 +1,7 @@
 """The worker's segment store: KV and encoder rows by content key, in host memory."""
 
 from vlcache_connector.store.base import (
+    EncodedSegment,
     Segment,
     SegmentInfo,
     SegmentStore,
@@ -11,6 +12,7 @@ from vlcache_connector.store.codec import Kind, RefusalReason, RefusedObject
 from vlcache_connector.store.lmcache_store import LMCacheSegmentStore
 
 __all__ = [
+    "EncodedSegment",
     "Kind",
     "LMCacheSegmentStore",
     "RefusalReason",

@@ -101,6 +101,39 @@ class Segment:
         self.release()
 
 
+class EncodedSegment:
+    """A read handle on a segment's encoded objects, for copying them elsewhere from any thread.
+
+    `release` belongs to the store's own thread; until then the memory is neither freed nor reused.
+
+    Attributes:
+        key: content key.
+        kind: "kv" or "encoder".
+        objects: the segment's objects in order, as `codec` wrote them.
+    """
+
+    def __init__(
+        self, key: str, kind: Kind, objects: Sequence[memoryview], on_release: Callable[[], None]
+    ) -> None:
+        """Made by stores; `on_release` is called once."""
+        self.key = key
+        self.kind: Kind = kind
+        self.objects = objects
+        self._on_release: Callable[[], None] | None = on_release
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of all objects."""
+        return sum(len(part) for part in self.objects)
+
+    def release(self) -> None:
+        """Give the memory back to the store. Does nothing the second time."""
+        on_release, self._on_release = self._on_release, None
+        self.objects = ()
+        if on_release is not None:
+            on_release()
+
+
 @dataclass(frozen=True)
 class StoreUsage:
     """Memory of a store, in bytes as they are really taken (alignment included).
@@ -163,6 +196,27 @@ class SegmentStore(ABC):
         """Store the encoder's output for a segment, `[n, width]`, any device and strides.
 
         Replaces, returns and raises as `put_kv`.
+        """
+
+    @abstractmethod
+    def put_encoded(self, key: str, kind: Kind, objects: Sequence[memoryview]) -> int:
+        """Store a segment that comes encoded, after `check_encoded`.
+
+        Replaces and returns as `put_kv`.
+        """
+
+    @abstractmethod
+    def check_encoded(self, key: str, kind: Kind, objects: Sequence[memoryview]) -> None:
+        """Check objects of unknown content, every byte of them; may be called from any thread.
+
+        Raises:
+            RefusedObject: they are not this segment, or not one that this store could hold.
+        """
+
+    @abstractmethod
+    def get_encoded(self, key: str, kind: Kind) -> EncodedSegment | None:
+        """A segment's objects as they are stored, None if it is not; the caller has to release
+        them.
         """
 
     @abstractmethod

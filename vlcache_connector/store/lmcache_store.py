@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from vlcache_connector.store import codec
 from vlcache_connector.store.base import (
+    EncodedSegment,
     Segment,
     SegmentInfo,
     SegmentStore,
@@ -93,7 +95,7 @@ class LMCacheSegmentStore(SegmentStore):
         self._max_object_bytes = max_object_bytes
         self._verify = verify
         self._resident: dict[tuple[str, Kind], list[int]] = {}
-        self._reading: dict[Segment, list[MemoryObj]] = {}
+        self._reading: dict[Segment | EncodedSegment, list[MemoryObj]] = {}
         self._pool = LMCachePool(
             model_name=model_name,
             rank=rank,
@@ -144,6 +146,40 @@ class LMCacheSegmentStore(SegmentStore):
         header, parts = opened
         info = SegmentInfo(key, kind, header.num_tokens, codec.unpack_positions(header))
         segment = Segment(info, parts, self._release)
+        self._reading[segment] = objects
+        return segment
+
+    def put_encoded(self, key: str, kind: Kind, objects: Sequence[memoryview]) -> int:
+        self.remove(key, kind)
+        ids = [object_id(key, kind, group) for group in range(len(objects))]
+        memory = None
+        if not any(map(self._pool.contains, ids)):
+            memory = self._allocate([len(part) for part in objects])
+        if memory is None:
+            self.counters.put_failed += 1
+            return 0
+        for obj, part in zip(memory, objects, strict=True):
+            obj.tensor.numpy().data[:] = part
+        return self._keep(key, kind, ids, memory)
+
+    def check_encoded(self, key: str, kind: Kind, objects: Sequence[memoryview]) -> None:
+        buffers = [torch.frombuffer(part, dtype=torch.uint8) for part in objects if len(part)]
+        if len(buffers) < len(objects):
+            raise RefusedObject("format", "an object is empty")
+        opened = self._decode(key, kind, iter(buffers), verify=True)
+        if opened is None or opened[0].num_groups != len(objects):
+            raise RefusedObject("shape", f"{len(objects)} objects are not the whole segment")
+
+    def get_encoded(self, key: str, kind: Kind) -> EncodedSegment | None:
+        ids = self._resident.get((key, kind))
+        if ids is None:
+            return None
+        objects = [obj for id_ in ids if (obj := self._pool.get(id_)) is not None]
+        if len(objects) < len(ids):
+            release(objects)
+            return None
+        parts = [obj.tensor.numpy().data for obj in objects]
+        segment = EncodedSegment(key, kind, parts, lambda: self._release(segment))
         self._reading[segment] = objects
         return segment
 
@@ -224,11 +260,10 @@ class LMCacheSegmentStore(SegmentStore):
         for headers in groupings(template, num_units, self._max_object_bytes):
             ids = [object_id(header.key, header.kind, header.group) for header in headers]
             sizes = [codec.encoded_size(header) for header in headers]
-            room = self._budget - self._pool.allocated_bytes
             # An id that is taken by now belongs to a segment of another key.
-            if sum(map(_aligned, sizes)) > room or any(map(self._pool.contains, ids)):
+            if not self._has_room(sizes) or any(map(self._pool.contains, ids)):
                 break
-            objects = self._pool.allocate(sizes)
+            objects = self._allocate(sizes)
             if objects is None:  # the room is there, but in smaller pieces
                 continue
             try:
@@ -236,11 +271,20 @@ class LMCacheSegmentStore(SegmentStore):
             except BaseException:
                 release(objects)
                 raise
-            self._pool.put(ids, objects)
-            self._resident[template.key, template.kind] = ids
-            return sum(obj.get_physical_size() for obj in objects)
+            return self._keep(template.key, template.kind, ids, objects)
         self.counters.put_failed += 1
         return 0
+
+    def _has_room(self, sizes: Sequence[int]) -> bool:
+        return sum(map(_aligned, sizes)) <= self._budget - self._pool.allocated_bytes
+
+    def _allocate(self, sizes: Sequence[int]) -> list[MemoryObj] | None:
+        return self._pool.allocate(sizes) if self._has_room(sizes) else None
+
+    def _keep(self, key: str, kind: Kind, ids: list[int], objects: Sequence[MemoryObj]) -> int:
+        self._pool.put(ids, objects)
+        self._resident[key, kind] = ids
+        return sum(obj.get_physical_size() for obj in objects)
 
     def _write(
         self,
@@ -266,15 +310,32 @@ class LMCacheSegmentStore(SegmentStore):
         `objects` gets a reference to each object that was opened, for the caller to release.
         Raises RefusedObject if an object is, or if they are no segment of this store.
         """
+
+        def buffers() -> Iterator[Tensor]:
+            for group in itertools.count():
+                obj = self._pool.get(object_id(key, kind, group))
+                if obj is None:
+                    return
+                objects.append(obj)
+                yield obj.tensor
+
+        return self._decode(key, kind, buffers(), verify=verify)
+
+    def _decode(
+        self, key: str, kind: Kind, buffers: Iterator[Tensor], *, verify: bool
+    ) -> tuple[ObjectHeader, list[Tensor]] | None:
+        """The first header and all payloads of a segment, or None if there are too few buffers.
+
+        Takes as many buffers as the segment has objects.
+        """
         headers: list[ObjectHeader] = []
         parts: list[Tensor] = []
         while not headers or len(headers) < headers[0].num_groups:
-            obj = self._pool.get(object_id(key, kind, len(headers)))
-            if obj is None:
+            buffer = next(buffers, None)
+            if buffer is None:
                 return None
-            objects.append(obj)
             header, part = codec.decode(
-                obj.tensor, expect_key=key, expect_fingerprint=self._fingerprint, verify=verify
+                buffer, expect_key=key, expect_fingerprint=self._fingerprint, verify=verify
             )
             if header.kind != kind:
                 raise RefusedObject("identity", f"of kind {header.kind!r}, not {kind!r}")
@@ -286,7 +347,7 @@ class LMCacheSegmentStore(SegmentStore):
             raise RefusedObject("shape", f"KV of {form} is not this store's")
         return headers[0], parts
 
-    def _release(self, segment: Segment) -> None:
+    def _release(self, segment: Segment | EncodedSegment) -> None:
         release(self._reading.pop(segment))
 
 

@@ -12,8 +12,8 @@ import torch
 from vllm.logger import init_logger
 
 from ..protocol import EncoderStepPlan, EncoderStepReport
-from ..store import SegmentStore
 from .ranks import all_ranks_have
+from .storage import Storage
 
 logger = init_logger(__name__)
 
@@ -22,13 +22,13 @@ class EncoderWorkerSide:
     """Stores and loads encoder rows on one rank.
 
     Args:
-        store: gives this rank's store; asked for when it is first needed, which is after the
-            model is loaded.
+        storage: gives this rank's storage; asked for when it is first needed, which is after
+            the model is loaded.
         device: of the model.
     """
 
-    def __init__(self, store: Callable[[], SegmentStore], device: torch.device) -> None:
-        self._get_store = store
+    def __init__(self, storage: Callable[[], Storage], device: torch.device) -> None:
+        self._get_storage = storage
         self._device = device
         self._plan = EncoderStepPlan()
         self._saved: dict[str, bool] = {}
@@ -38,14 +38,14 @@ class EncoderWorkerSide:
         self._plan = plan
         self._saved = dict.fromkeys(plan.saves.values(), False)
         for key in plan.dropped:
-            self._get_store().remove(key, "encoder")
+            self._get_storage().remove(key, "encoder")
 
     def load(self, encoder_cache: dict[str, torch.Tensor]) -> None:
         """Put the promised rows into vLLM's encoder cache (identifier -> rows [n, width])."""
         for identifier, key in self._plan.loads.items():
             if identifier in encoder_cache:
                 continue
-            segment = self._get_store().get(key, "encoder")
+            segment = self._get_storage().get(key, "encoder")
             if segment is None:
                 # vLLM ends the step with "Encoder cache miss" when it needs these rows.
                 logger.error("VLCache: promised encoder rows %s are not there", key[:16])
@@ -57,7 +57,7 @@ class EncoderWorkerSide:
         """Keep a new encoder output, rows [n, width]."""
         key = self._plan.saves.get(identifier)
         if key is not None:
-            self._saved[key] = self._get_store().put_encoder(key, rows) > 0
+            self._saved[key] = self._get_storage().put_encoder(key, rows)
 
     def take_report(self) -> EncoderStepReport | None:
         """What all ranks stored in this step; vLLM hands on the first rank's report only."""

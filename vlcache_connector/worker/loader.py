@@ -10,12 +10,13 @@ from vllm.logger import init_logger
 
 from ..attention.metadata import slots_of
 from ..protocol import Item, ReusePlan, Span, StepReport
-from ..store import Segment, SegmentStore
+from ..store import Segment
 from ..support import KVShape
 from .injection import Injection, PlacedSegment, ReusedRows, Rows, rotation
 from .model import SparsePrefillModel
 from .ranks import all_ranks_have
 from .sparse_prefill import PrefillJob, RequestInputs
+from .storage import Storage
 
 logger = init_logger(__name__)
 
@@ -28,6 +29,7 @@ class LoadedPlan:
         segments: item -> read handle of its donor's segment.
         placed: item -> the same segment at its place in the request.
         encoder_rows: read handles of the encoder rows that the jobs use.
+        is_on_device: no segment had to be copied from host memory.
         fallback: why less is reused than was planned.
     """
 
@@ -36,6 +38,7 @@ class LoadedPlan:
     segments: dict[int, Segment] = field(default_factory=dict)
     placed: dict[int, PlacedSegment] = field(default_factory=dict)
     encoder_rows: list[Segment] = field(default_factory=list)
+    is_on_device: bool = True
     fallback: str | None = None
 
     def compute_instead(self, items: Sequence[int], why: str) -> None:
@@ -62,9 +65,9 @@ class Loader:
     """Turns reuse plans into jobs and injections on one rank."""
 
     def __init__(
-        self, store: SegmentStore, model: SparsePrefillModel, shape: KVShape, device: torch.device
+        self, storage: Storage, model: SparsePrefillModel, shape: KVShape, device: torch.device
     ) -> None:
-        self._store = store
+        self._storage = storage
         self._model = model
         self._shape = shape
         self._device = device
@@ -78,7 +81,9 @@ class Loader:
         """Open the segments of `plans`; items without one on every rank are to be computed."""
         loaded = [LoadedPlan(plan, requests[plan.req_id]) for plan in plans]
         wanted = [(entry, reuse) for entry in loaded for reuse in entry.plan.reused]
-        found = [self._store.get(reuse.donor, "kv") for _, reuse in wanted]
+        for entry, reuse in wanted:
+            entry.is_on_device &= self._storage.is_on_device(reuse.donor)
+        found = [self._storage.get(reuse.donor, "kv") for _, reuse in wanted]
         usable = all_ranks_have(
             [
                 segment is not None and self._fits(segment, entry.inputs.items[reuse.item])
@@ -132,7 +137,7 @@ class Loader:
         return PrefillJob(entry.plan, entry.inputs, rows, entry.placed)
 
     def _stored_rows(self, item: Item) -> Segment | None:
-        segment = self._store.get(item.encoder_key, "encoder")
+        segment = self._storage.get(item.encoder_key, "encoder")
         if segment is not None and segment.info.num_tokens != item.num_embeds:
             segment.release()
             return None
@@ -140,7 +145,7 @@ class Loader:
 
     def _encode(self, plan: ReusePlan, item: Item, report: StepReport) -> torch.Tensor:
         rows = self._model.encode(*plan.encoder_inputs[item.index])
-        if self._store.put_encoder(item.encoder_key, rows):
+        if self._storage.put_encoder(item.encoder_key, rows):
             report.encoder_stored[item.encoder_key] = 1
         else:
             report.encoder_lost.add(item.encoder_key)

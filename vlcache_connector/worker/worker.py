@@ -24,19 +24,23 @@ from ..protocol import (
     StepPlan,
     StepReport,
 )
-from ..store import SegmentStore
 from ..support import KVShape, UnsupportedError
 from .capture import SegmentCapture
 from .injection import Injection
 from .loader import LoadedPlan, Loader
 from .model import SparsePrefillModel
+from .pace import Pace
 from .sparse_prefill import RequestInputs, SparsePrefill
+from .storage import Storage
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = init_logger(__name__)
+
+_IDLE_SECONDS = 0.005
+"""How long a step without work waits for a fetch, so that vLLM does not spin."""
 
 
 class WorkerSide:
@@ -45,7 +49,8 @@ class WorkerSide:
     Args:
         model: the loaded model.
         shape: of one token's KV on this rank.
-        store: this rank's segments.
+        storage: this rank's segments.
+        pace: told how long vLLM's own forwards take.
         device: of the model.
 
     Raises:
@@ -56,8 +61,9 @@ class WorkerSide:
         self,
         model: SparsePrefillModel,
         shape: KVShape,
-        store: SegmentStore,
+        storage: Storage,
         *,
+        pace: Pace,
         vllm_config: VllmConfig,
         kv_cache_config: KVCacheConfig,
         device: torch.device,
@@ -70,9 +76,10 @@ class WorkerSide:
                 )
         self._model = model
         self._shape = shape
-        self._store = store
+        self._storage = storage
+        self._pace = pace
         self._device = device
-        self._loader = Loader(store, model, shape, device)
+        self._loader = Loader(storage, model, shape, device)
         self._capture = SegmentCapture(model.layer_names, shape, device)
         self._layer_index = {name: index for index, name in enumerate(model.layer_names)}
         self._prefill = SparsePrefill(
@@ -93,9 +100,12 @@ class WorkerSide:
     def begin_step(self, plan: StepPlan) -> None:
         """Before anything runs: forget what is over and take in what is new."""
         for key in plan.dropped_segments:
-            self._store.remove(key, "kv")
+            self._storage.remove(key, "kv")
         for key in plan.dropped_encoder:
-            self._store.remove(key, "encoder")
+            self._storage.remove(key, "encoder")
+        self._storage.settle(plan.admitted, plan.unwanted)
+        for fetch in plan.fetches:
+            self._storage.fetch(fetch)
         for req_id in (*plan.cancelled, *plan.finished):
             self._capture.cancel(req_id)
         for req_id in plan.finished:
@@ -115,7 +125,8 @@ class WorkerSide:
         )
 
     def expect_captures(self, captures: Sequence[CapturePlan]) -> None:
-        """Arm the captures of vLLM's own forward, which comes next."""
+        """vLLM's own forward comes next: arm its captures."""
+        self._pace.begin()
         for capture in captures:
             if capture.req_id not in self._requests:
                 self._report.lost.add(capture.key)
@@ -189,6 +200,7 @@ class WorkerSide:
                 computed_by_layer=by_layer,
                 load_seconds=fetch_seconds + injection.seconds,
                 sparse_prefill_seconds=compute_seconds,
+                is_on_device=entry.is_on_device,
                 fallback=entry.fallback,
             )
             self._completed += [(plan.req_id, item, key) for item, key in plan.captures.items()]
@@ -248,8 +260,13 @@ class WorkerSide:
         if self._injection is not None and index is not None:
             self._injection.write_layer(index, self._model.layers[layer_name])
 
-    def end_step(self) -> None:
-        """After the step's forwards: store the segments that are complete."""
+    def end_step(self, num_tokens: int) -> None:
+        """After the step's forwards: store the segments that are complete.
+
+        Args:
+            num_tokens: tokens that vLLM's own forward computed.
+        """
+        self._pace.end(num_tokens)
         self._capture.end_pass()
         completed, self._completed = self._completed, []
         for req_id, item, key in completed:
@@ -264,7 +281,7 @@ class WorkerSide:
                 raise RuntimeError(f"request {req_id} is unknown")
             span = inputs.items[item].span
             base = inputs.positions[:, span.start : span.end]
-            stored = layers is not None and self._store.put_kv(key, base, layers) > 0
+            stored = layers is not None and self._storage.put_kv(key, base, layers)
         except Exception:
             logger.exception("VLCache: segment of request %s could not be stored", req_id)
             stored = False
@@ -274,9 +291,16 @@ class WorkerSide:
             self._report.failed("store")
             self._report.lost.add(key)
 
-    def take_report(self) -> StepReport | None:
-        """What this step stored, lost and measured."""
+    def take_report(self, *, is_idle: bool) -> StepReport | None:
+        """What this step stored, lost and measured.
+
+        Args:
+            is_idle: nothing was computed; all requests wait for something.
+        """
         report, self._report = self._report, StepReport()
+        report.fetched = dict(self._storage.take_fetched(_IDLE_SECONDS if is_idle else 0.0))
+        for event, count in self._storage.take_events().items():
+            report.events[event] = count
         return None if report.is_empty() else report
 
     def take_invalid_blocks(self) -> set[int]:

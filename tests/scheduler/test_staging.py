@@ -1,0 +1,235 @@
+"""Fetches before promises: who waits for what, for how long, and what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from vlcache_connector.calibration import RELATIONS, Relation
+from vlcache_connector.keys import variant_key
+from vlcache_connector.protocol import Fetched, FetchPlan, Item, Span
+from vlcache_connector.scheduler.donors import Donors
+from vlcache_connector.scheduler.index import ResidencyIndex
+from vlcache_connector.scheduler.staging import Staging
+
+ALL = frozenset(RELATIONS)
+KV_BYTES, ROW_BYTES = 10, 3
+
+
+def item(key: str = "cat", ordinal: int = 0) -> Item:
+    return Item(ordinal, Span(10 * ordinal, 10 * ordinal + 4), ordinal, key, f"{key} rows")
+
+
+class World:
+    """The scheduler side around a `Staging`, with a clock of its own."""
+
+    def __init__(
+        self,
+        *,
+        budget: int = 100,
+        num_ranks: int = 1,
+        max_bytes: int = 1000,
+        allowed: frozenset[Relation] = ALL,
+    ) -> None:
+        self.now = 0.0
+        self.segments = ResidencyIndex(budget, num_ranks)
+        self.rows = ResidencyIndex(budget, num_ranks)
+        self.donors = Donors(self.segments, allowed=allowed, max_variants=2)
+        self.staging = Staging(
+            self.segments,
+            self.rows,
+            self.donors,
+            num_ranks=num_ranks,
+            deadline_seconds=1.0,
+            max_bytes=max_bytes,
+            clock=lambda: self.now,
+        )
+
+    def waits(self, req_id: str, *items: Item, saved_tokens: int = 4) -> bool:
+        return self.staging.is_pending(
+            req_id, items, lambda _: KV_BYTES, lambda _: ROW_BYTES, lambda _: saved_tokens
+        )
+
+    def step(self) -> tuple[Sequence[FetchPlan], Sequence[str], Sequence[str]]:
+        plans = self.staging.take_plans()
+        for index in (self.segments, self.rows):
+            index.settle()
+        return plans
+
+    def end(self, *names: str, key: str | None = None, tier: str = "redis", ranks: int = 1) -> None:
+        self.staging.update(
+            {name: Fetched(ranks, key or name, tier, num_bytes=KV_BYTES) for name in names}
+        )
+
+    def miss(self, *names: str) -> None:
+        self.staging.update({name: Fetched(1, None, None, 0) for name in names})
+
+
+def kv_name(key: str = "cat", ordinal: int = 0) -> str:
+    return variant_key(key, str(ordinal))
+
+
+def test_a_request_waits_until_its_segments_are_there() -> None:
+    world = World()
+    assert world.waits("1", item())
+    fetches, _, _ = world.step()
+    assert [(plan.kind, plan.keys[0]) for plan in fetches] == [
+        ("kv", kv_name()),
+        ("encoder", "cat rows"),
+    ]
+    assert world.waits("1", item())
+    assert world.step() == ([], [], [])  # it asks once
+
+    world.end(kv_name(), "cat rows")
+    # KV may be claimed in the step that is being planned, encoder rows in the next one.
+    assert world.segments.is_ready(kv_name())
+    assert not world.rows.is_ready("cat rows")
+    assert world.waits("1", item())
+    assert world.step() == ([], [kv_name(), "cat rows"], [])
+    assert world.rows.is_ready("cat rows")
+    assert not world.waits("1", item())
+    assert world.donors.find(item()) == kv_name()
+    assert world.staging.tier_of("1") == "redis"
+
+
+def test_what_is_not_found_is_not_waited_for() -> None:
+    world = World()
+    world.waits("1", item())
+    world.step()
+    world.miss(kv_name(), "cat rows")
+    assert not world.waits("1", item())
+    assert world.step() == ([], [], [])
+    assert len(world.segments) == len(world.rows) == 0
+    assert world.staging.tier_of("1") is None
+
+
+def test_nobody_waits_longer_than_the_deadline_and_what_comes_late_is_kept() -> None:
+    world = World()
+    assert world.waits("1", item())
+    world.step()
+    world.now = 0.99
+    assert world.waits("1", item())
+    world.now = 1.0
+    assert not world.waits("1", item())
+    world.end(kv_name())
+    assert world.donors.find(item()) == kv_name()
+
+
+def test_two_requests_share_a_fetch() -> None:
+    world = World()
+    assert world.waits("1", item())
+    assert world.waits("2", item(ordinal=0))
+    fetches, _, _ = world.step()
+    assert len(fetches) == 2
+    world.end(kv_name(), "cat rows")
+    world.step()
+    assert not world.waits("1", item())
+    assert not world.waits("2", item())
+    assert world.staging.tier_of("2") == "redis"
+
+
+def test_what_is_known_already_is_not_fetched() -> None:
+    world = World()
+    assert world.donors.reserve(item(), KV_BYTES) == kv_name()
+    assert world.rows.reserve("cat rows", ROW_BYTES)
+    assert not world.waits("1", item())
+    assert world.step() == ([], [], [])
+
+
+def test_a_reuse_that_saves_nothing_fetches_no_kv() -> None:
+    world = World()
+    assert world.waits("1", item(), saved_tokens=0)
+    fetches, _, _ = world.step()
+    assert [plan.kind for plan in fetches] == ["encoder"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "ordinal", "expected"),
+    [
+        (ALL, 1, [1, 0, 2, 3]),  # the same ordinal, a lone donor, other images in front
+        (ALL, 6, [6, 0, 3, 2, 1]),
+        (frozenset({"single_image", "same_ordinal"}), 2, [2]),
+        (frozenset({"single_image"}), 0, [0]),
+        (frozenset({"single_image"}), 1, []),
+    ],
+)
+def test_the_best_variant_is_asked_for_first_and_no_forbidden_one(
+    allowed: frozenset[Relation], ordinal: int, expected: list[int]
+) -> None:
+    world = World(allowed=allowed)
+    world.waits("1", item(ordinal=ordinal))
+    fetches, _, _ = world.step()
+    keys = [plan.keys for plan in fetches if plan.kind == "kv"]
+    assert keys == ([tuple(kv_name(ordinal=n) for n in expected)] if expected else [])
+
+
+def test_another_variant_than_the_best_is_taken_as_what_it_is() -> None:
+    world = World()
+    world.waits("1", item(ordinal=1))
+    world.step()
+    world.end(kv_name(ordinal=1), key=kv_name(ordinal=0))
+    assert world.donors.find(item(ordinal=1)) == kv_name(ordinal=0)
+    assert world.step()[1] == [kv_name(ordinal=1)]  # fetches go by the name they were asked by
+
+
+@pytest.mark.parametrize("second", ["other", "none", "same"])
+def test_all_ranks_have_to_find_the_same(second: str) -> None:
+    world = World(num_ranks=2)
+    world.waits("1", item(ordinal=1))
+    world.step()
+    name = kv_name(ordinal=1)
+    world.end(name, key=name)
+    assert world.waits("1", item(ordinal=1))
+    assert world.donors.find(item(ordinal=1)) is None
+    if second == "none":
+        world.miss(name)
+    else:
+        world.end(name, key=name if second == "same" else kv_name(ordinal=0))
+    _, admitted, unwanted = world.step()
+    expected = ([name], []) if second == "same" else ([], [name])
+    assert (admitted, unwanted) == expected
+    assert (world.donors.find(item(ordinal=1)) == name) == (second == "same")
+
+
+def test_a_segment_without_room_is_thrown_away() -> None:
+    world = World(budget=KV_BYTES - 1)
+    world.waits("1", item())
+    world.step()
+    world.end(kv_name())
+    assert world.step() == ([], [], [kv_name()])
+    assert len(world.segments) == 0
+
+
+def test_what_was_fetched_is_not_evicted_before_it_was_used() -> None:
+    world = World(budget=KV_BYTES)
+    world.waits("1", item())
+    world.step()
+    world.end(kv_name())
+    assert not world.segments.reserve("another", KV_BYTES)
+    world.step()
+    assert not world.segments.reserve("another", KV_BYTES)
+    world.step()
+    assert world.segments.reserve("another", KV_BYTES)
+
+
+def test_fetches_wait_for_each_other_when_memory_is_short() -> None:
+    world = World(max_bytes=KV_BYTES + ROW_BYTES)
+    assert world.waits("1", item("cat"))
+    assert world.waits("2", item("dog"))
+    assert len(world.step()[0]) == 2
+    world.miss(kv_name("cat"), "cat rows")
+    assert world.waits("2", item("dog"))
+    assert {plan.keys[0] for plan in world.step()[0]} == {kv_name("dog"), "dog rows"}
+
+
+def test_a_request_that_ended_leaves_nothing_behind() -> None:
+    world = World()
+    world.waits("1", item())
+    world.step()
+    world.staging.forget("1")
+    world.end(kv_name(), "cat rows")
+    world.step()
+    assert world.segments.is_ready(kv_name())
+    assert not world.staging._tickets
+    assert not world.staging._running

@@ -1,0 +1,257 @@
+"""Segments on disk and in Redis, through real vLLM: shared, kept over restarts, never trusted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine import IMAGE, Answer, Ask, Engine
+from tiers.redis_server import RedisServer, executable
+
+A, B = (171, 224), (172, 336, 224)
+DONOR = Ask(f"see {IMAGE} and {IMAGE}", (A, B))
+MOVED = Ask(f"the same two, moved {IMAGE} and {IMAGE} compare", (B, A), max_tokens=4)
+EXACT = {"recompute_ratio": 0.1}
+"""Options of all engines here; a node and the one it shares with have to agree."""
+
+needs_redis = pytest.mark.skipif(executable() is None, reason="no redis-server")
+
+
+def flush(llm: Any) -> bool:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group()._worker._storage.flush(30.0)
+
+
+def events(llm: Any) -> dict[str, int]:
+    return dict(llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler.events)
+
+
+def store_images(engine: Engine, ask: Ask = DONOR) -> None:
+    """Make both images known, down to the slowest tier."""
+    engine.ask(ask)
+    assert engine.call(flush)
+
+
+def assert_equal(actual: Answer, expected: Answer) -> None:
+    assert actual.tokens == expected.tokens
+    np.testing.assert_allclose(actual.logprobs, expected.logprobs, rtol=0, atol=1e-4)
+
+
+def assert_reused(answer: Answer, expected: Answer, tier: str) -> None:
+    """Both images were reused, out of this tier, as `expected` reused them."""
+    assert answer.figures is not None
+    assert expected.figures is not None
+    assert answer.figures["reused_tokens"] == expected.figures["reused_tokens"] > 0
+    assert answer.figures["tier"] == tier
+    assert_equal(answer, expected)
+
+
+def assert_recomputed(answer: Answer, engines: Callable[..., Engine], ask: Ask = MOVED) -> None:
+    [expected] = engines(None).ask(ask)
+    assert answer.figures is not None
+    assert answer.figures["reused_tokens"] == 0
+    assert_equal(answer, expected)
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def start(tiny_model: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
+    """Engines that end with the test."""
+    alive: list[Engine] = []
+
+    def make(connector: dict[str, Any], role: str | None = None, **arguments: Any) -> Engine:
+        if role is not None:
+            arguments["kv_transfer_config"] = {
+                "kv_connector": "VLCacheConnector",
+                "kv_role": role,
+                "kv_connector_extra_config": EXACT | {"cpu_bytes": "128MiB"} | connector,
+            }
+        alive.append(Engine(tiny_model(), EXACT | connector, **arguments))
+        return alive[-1]
+
+    yield make
+    for engine in alive:
+        engine.close()
+
+
+def test_disk_survives_a_restart_and_refuses_what_is_damaged(
+    start: Callable[..., Engine], engines: Callable[..., Engine], tmp_path: Path
+) -> None:
+    connector = {"disk_path": str(tmp_path), "fetch_deadline_seconds": 20.0}
+    first = start(connector)
+    store_images(first)
+    [expected] = first.ask(MOVED)
+    first.close()
+
+    second = start(connector)
+    [answer] = second.ask(MOVED)
+    assert_reused(answer, expected, "disk")
+    [again] = second.ask(Ask(f"once more {IMAGE} and {IMAGE}", (B, A)))
+    assert again.figures is not None
+    assert again.figures["tier"] == "cpu"
+    second.close()
+
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 4096]
+    assert files
+    for path in files:
+        with path.open("r+b") as file:
+            file.seek(path.stat().st_size * 3 // 4)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 1]))
+    third = start(connector)
+    [answer] = third.ask(MOVED)
+    assert_recomputed(answer, engines)
+    assert third.call(events)["disk.read.refused_checksum"] >= 2
+
+
+@needs_redis
+def test_what_one_node_prefilled_the_other_reuses_on_its_first_request(
+    start: Callable[..., Engine], redis: RedisServer
+) -> None:
+    connector = {"redis_url": redis.url, "fetch_deadline_seconds": 20.0}
+    node = start(connector, role="kv_producer")
+    store_images(node)
+    [refused] = node.ask(MOVED)  # a producer reuses nothing
+    assert refused.figures is not None
+    assert refused.figures["reused_tokens"] == 0
+
+    other = start(connector)
+    [answer] = other.ask(MOVED)
+    [expected] = other.ask(Ask(f"x {MOVED.text}", MOVED.images, max_tokens=4))
+    assert answer.figures is not None
+    assert answer.figures["tier"] == "redis"
+    assert expected.figures is not None
+    assert answer.figures["reused_tokens"] == expected.figures["reused_tokens"] > 0
+
+    consumer = start(connector, role="kv_consumer")
+    [same] = consumer.ask(MOVED)
+    assert_reused(same, answer, "redis")
+    new = Ask(f"new {IMAGE}", ((199, 224),))
+    consumer.ask(new)
+    assert consumer.call(flush)
+    before = redis.client.dbsize()
+    assert consumer.call(flush)
+    assert redis.client.dbsize() == before  # a consumer stores nothing
+
+
+@needs_redis
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"deployment": "another"},
+        {"dtype": "bfloat16"},
+        {"hf_overrides": {"text_config": {"rope_parameters": {"rope_theta": 5e5}}}},
+        {"tensor_parallel_size": 2},
+        {"donor": "canonical"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_nodes_that_differ_share_nothing(
+    start: Callable[..., Engine], redis: RedisServer, other: dict[str, Any]
+) -> None:
+    connector = {"redis_url": redis.url, "fetch_deadline_seconds": 20.0}
+    node = start(connector)
+    store_images(node)
+    ours = {key: other[key] for key in other if key in ("deployment", "donor")}
+    theirs = {key: other[key] for key in other if key not in ours}
+    if "tensor_parallel_size" in theirs:
+        theirs["distributed_executor_backend"] = "mp"
+        theirs["environment"] = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    stranger = start(connector | ours, **theirs)
+    [answer] = stranger.ask(MOVED)
+    assert answer.figures is not None
+    assert answer.figures["reused_tokens"] == 0
+    # The same node anew does find it.
+    [answer] = start(connector).ask(MOVED)
+    assert answer.figures is not None
+    assert answer.figures["tier"] == "redis"
+
+
+@needs_redis
+def test_salts_are_separate_and_unsalted_requests_can_be_left_out(
+    start: Callable[..., Engine], redis: RedisServer
+) -> None:
+    connector = {"redis_url": redis.url, "fetch_deadline_seconds": 20.0, "share_unsalted": False}
+    node = start(connector)
+    store_images(node, Ask(DONOR.text, DONOR.images, cache_salt="ann"))
+    store_images(node)
+
+    def reused(salt: str | None) -> int:
+        [answer] = start(connector).ask(Ask(MOVED.text, MOVED.images, cache_salt=salt))
+        return 0 if answer.figures is None else int(answer.figures["reused_tokens"])
+
+    assert reused("bob") == 0
+    assert reused(None) == 0
+    assert reused("ann") > 0
+
+
+@needs_redis
+def test_a_stopped_redis_costs_a_request_its_deadline_and_nothing_else(
+    start: Callable[..., Engine], engines: Callable[..., Engine], redis: RedisServer
+) -> None:
+    connector = {"redis_url": redis.url, "fetch_deadline_seconds": 0.5}
+    store_images(start(connector))
+    node = start(connector)
+    node.ask(Ask("warm up"))
+    redis.pause()
+    started = time.monotonic()
+    [answer] = node.ask(MOVED)
+    waited = time.monotonic() - started
+    redis.resume()
+    assert_recomputed(answer, engines)
+    assert waited < 5.0
+    redis.stop()
+    [answer] = node.ask(Ask(f"killed {IMAGE}", ((198, 224),)))
+    assert_recomputed(answer, engines, Ask(f"killed {IMAGE}", ((198, 224),)))
+
+
+def test_device_memory_keeps_what_was_used_last(engines: Callable[..., Engine]) -> None:
+    engine = engines(EXACT | {"device_bytes": "64MiB"})
+    engine.ask(DONOR)
+    [first] = engine.ask(MOVED)
+    [second] = engine.ask(Ask(f"a {MOVED.text}", MOVED.images, max_tokens=4))
+    assert first.figures is not None
+    assert second.figures is not None
+    assert (first.figures["tier"], second.figures["tier"]) == ("cpu", "device")
+    plain = engines(EXACT)
+    plain.ask(DONOR)
+    [expected] = plain.ask(MOVED)
+    assert_reused(first, expected, "cpu")
+
+
+def ask_named(llm: Any, ask: Ask, names: list[str]) -> Answer:
+    """`ask` with names that the client gives to the images."""
+    from engine import answer_of, request_of
+
+    prompt, params = request_of(ask)
+    prompt["multi_modal_uuids"] = {"image": names}
+    [output] = llm.generate([prompt], [params], use_tqdm=False)
+    return answer_of(output)
+
+
+def test_a_clients_name_for_an_image_is_no_content_hash(engines: Callable[..., Engine]) -> None:
+    engine = engines(EXACT)
+    engine.call(ask_named, Ask(f"named {IMAGE}", ((181, 224),)), ["holiday.png"])
+    other = Ask(f"another picture of that name {IMAGE}", ((182, 224),))
+    answer = engine.call(ask_named, other, ["holiday-2.png"])
+    again = engine.call(ask_named, Ask(f"again {IMAGE}", ((182, 224),)), ["holiday.png"])
+    assert answer.figures is None
+    assert again.figures is None
+    # The same pictures without a name are stored and reused.
+    engine.ask(Ask(f"unnamed {IMAGE}", ((182, 224),)))
+    [hit] = engine.ask(Ask(f"unnamed, moved {IMAGE}", ((182, 224),)))
+    assert hit.figures is not None
+    assert hit.figures["reused_tokens"] > 0

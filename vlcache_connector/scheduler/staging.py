@@ -1,0 +1,193 @@
+"""Brings what requests will need into host memory, before anything is promised to them.
+
+vLLM takes what was claimed for granted: a load must not fail afterwards. So only what the workers
+hold in memory is claimed. What may lie in a tier below is fetched first, and the request is asked
+again until the fetch has ended, or its deadline has passed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..protocol import Fetched, FetchPlan, Item, slowest
+from ..store import Kind
+from .donors import Donors
+from .index import ResidencyIndex
+
+_LARGER = 1.05
+_HEADERS = 1 << 20
+"""A stored value may be so much larger than the KV in it."""
+
+
+@dataclass
+class _Fetch:
+    item: Item
+    kind: Kind
+    num_bytes: int
+    saved_tokens: int
+    candidates: dict[str, int | None]
+    """Content key -> the ordinal of that variant; None for encoder rows."""
+    ended: Fetched | None = None
+
+
+@dataclass
+class Ticket:
+    """What one request waits for.
+
+    Attributes:
+        expires: time (monotonic) after which it waits no longer.
+        wanted: fetches, by name, that there was no room for yet.
+        running: names of fetches that are not settled.
+        tier: slowest tier that something was fetched from.
+    """
+
+    expires: float
+    wanted: dict[str, _Fetch] = field(default_factory=dict)
+    running: set[str] = field(default_factory=set)
+    tier: str | None = None
+
+
+class Staging:
+    """Fetches of all requests; two requests that need the same segment share a fetch.
+
+    Args:
+        segments: index of the KV segments in host memory.
+        encoder_rows: index of the encoder rows in host memory.
+        donors: variants of the stored items.
+        num_ranks: tensor-parallel ranks, all of which must have found the same segment.
+        deadline_seconds: longest that a request waits.
+        max_bytes: most bytes, per rank, that are fetched and not yet settled.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        segments: ResidencyIndex,
+        encoder_rows: ResidencyIndex,
+        donors: Donors,
+        *,
+        num_ranks: int,
+        deadline_seconds: float,
+        max_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._segments = segments
+        self._encoder_rows = encoder_rows
+        self._donors = donors
+        self._num_ranks = num_ranks
+        self._deadline_seconds = deadline_seconds
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._running: dict[str, _Fetch] = {}
+        self._tickets: dict[str, Ticket] = {}
+        """Request -> what it waits for; kept until the request ends, so that it asks once."""
+        self._fetches: list[FetchPlan] = []
+        self._admitted: list[str] = []
+        self._unwanted: list[str] = []
+
+    def is_pending(
+        self,
+        req_id: str,
+        items: Sequence[Item],
+        segment_bytes: Callable[[Item], int],
+        encoder_bytes: Callable[[Item], int],
+        saved_tokens: Callable[[Item], int],
+    ) -> bool:
+        """Whether a request should be asked again later; begins its fetches the first time.
+
+        Args:
+            items: those that vLLM has no KV of.
+            segment_bytes: of an item's KV on one rank.
+            encoder_bytes: of an item's encoder rows.
+            saved_tokens: tokens of an item that are not computed if it is reused.
+        """
+        ticket = self._tickets.get(req_id)
+        if ticket is None:
+            ticket = self._tickets[req_id] = Ticket(self._clock() + self._deadline_seconds)
+            for item in items:
+                variants, saved = self._donors.candidates(item), saved_tokens(item)
+                if variants and saved > 0:
+                    self._want(ticket, _Fetch(item, "kv", segment_bytes(item), saved, variants))
+                if item.encoder_key not in self._encoder_rows:
+                    rows: dict[str, int | None] = {item.encoder_key: None}
+                    self._want(ticket, _Fetch(item, "encoder", encoder_bytes(item), 0, rows))
+        ticket.running &= self._running.keys()
+        for name in list(ticket.wanted):
+            if self._begin(name, ticket.wanted[name]):
+                del ticket.wanted[name]
+                ticket.running.add(name)
+        is_waiting = ticket.running or ticket.wanted
+        return bool(is_waiting) and self._clock() < ticket.expires
+
+    @staticmethod
+    def _want(ticket: Ticket, fetch: _Fetch) -> None:
+        ticket.wanted[next(iter(fetch.candidates))] = fetch
+
+    def _begin(self, name: str, fetch: _Fetch) -> bool:
+        if name in self._running:
+            return True
+        in_flight = sum(running.num_bytes for running in self._running.values())
+        if in_flight and in_flight + fetch.num_bytes > self._max_bytes:
+            return False
+        self._running[name] = fetch
+        most = int(fetch.num_bytes * _LARGER) + _HEADERS
+        plan = FetchPlan(tuple(fetch.candidates), fetch.kind, most, fetch.saved_tokens)
+        self._fetches.append(plan)
+        return True
+
+    def update(self, fetched: dict[str, Fetched]) -> None:
+        """Take in the fetches that ended on some ranks."""
+        for name, part in fetched.items():
+            fetch = self._running[name]
+            fetch.ended = part if fetch.ended is None else fetch.ended.merge(part)
+            if fetch.ended.ranks >= self._num_ranks:
+                self._settle(name, fetch, fetch.ended)
+
+    def _settle(self, name: str, fetch: _Fetch, ended: Fetched) -> None:
+        if ended.key is None or not self._reserve(fetch, ended.key):
+            del self._running[name]
+            if ended.num_bytes:
+                self._unwanted.append(name)
+            return
+        self._admitted.append(name)
+        for ticket in self._tickets.values():
+            if name in ticket.running:
+                ticket.tier = slowest(ticket.tier, ended.tier)
+        if fetch.kind == "kv":
+            # Workers admit it before they load anything in the step that is being planned.
+            self._make_ready(name, fetch)
+
+    def _reserve(self, fetch: _Fetch, key: str) -> bool:
+        ordinal = fetch.candidates[key]
+        if ordinal is None:
+            return self._encoder_rows.reserve(key, fetch.num_bytes)
+        return self._donors.adopt(fetch.item, ordinal, fetch.num_bytes) is not None
+
+    def _make_ready(self, name: str, fetch: _Fetch) -> None:
+        del self._running[name]
+        assert fetch.ended is not None
+        assert fetch.ended.key is not None
+        index = self._segments if fetch.kind == "kv" else self._encoder_rows
+        index.stored(fetch.ended.key, self._num_ranks)
+        index.promise(fetch.ended.key)  # until the workers have admitted it
+
+    def tier_of(self, req_id: str) -> str | None:
+        """Slowest tier that a request's segments were fetched from; None: none were."""
+        ticket = self._tickets.get(req_id)
+        return None if ticket is None else ticket.tier
+
+    def forget(self, req_id: str) -> None:
+        """A request has ended."""
+        self._tickets.pop(req_id, None)
+
+    def take_plans(self) -> tuple[list[FetchPlan], list[str], list[str]]:
+        """Fetches to begin, and names of those to admit and to throw away, since the last call."""
+        for name in self._admitted:
+            # vLLM loads encoder outputs before the KV half's step begins: not in this step yet.
+            if name in self._running:
+                self._make_ready(name, self._running[name])
+        plans = self._fetches, self._admitted, self._unwanted
+        self._fetches, self._admitted, self._unwanted = [], [], []
+        return plans

@@ -1,0 +1,198 @@
+"""What a worker stores its segments in: host memory, device memory above, disk and Redis below.
+
+The scheduler side decides what host memory holds. Device memory has copies of what was used last;
+disk and Redis get a copy of everything that is stored, and give it back on demand.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.platforms import current_platform
+
+from ..protocol import Fetched, FetchPlan
+from ..store import Kind, LMCacheSegmentStore, Segment, SegmentStore
+from ..support import config_of, engine_id, kv_shape, model_fingerprint
+from ..tiers import open_tiers
+from .device import DeviceSegments
+from .pace import Pace
+from .transfers import Transfers
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_SLACK = 1.05
+"""Room for headers and alignment, which the scheduler side's accounts leave out."""
+
+
+class Storage:
+    """All tiers of one rank; used from one thread.
+
+    Args:
+        host: segments in host memory.
+        num_layers: of a KV segment.
+        device: copies in device memory, if any are to be kept.
+        transfers: to and from the tiers below host memory, if there are any.
+    """
+
+    def __init__(
+        self,
+        host: SegmentStore,
+        num_layers: int,
+        *,
+        device: DeviceSegments | None = None,
+        transfers: Transfers | None = None,
+    ) -> None:
+        self.host = host
+        self._num_layers = num_layers
+        self._device = device
+        self._transfers = transfers
+
+    def put_kv(self, key: str, positions: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Store a KV segment, see `SegmentStore.put_kv`; whether there was room."""
+        return self._put(key, "kv", self.host.put_kv(key, positions, layers))
+
+    def put_encoder(self, key: str, rows: Tensor) -> bool:
+        """Store encoder rows, see `SegmentStore.put_encoder`; whether there was room."""
+        return self._put(key, "encoder", self.host.put_encoder(key, rows))
+
+    def _put(self, key: str, kind: Kind, num_bytes: int) -> bool:
+        self._forget_copy(key)
+        if num_bytes and self._transfers is not None:
+            self._transfers.write(key, kind)
+        return num_bytes > 0
+
+    def get(self, key: str, kind: Kind) -> Segment | None:
+        """Open a segment in device or host memory; the caller has to release it."""
+        if self._device is None or kind != "kv":
+            return self.host.get(key, kind)
+        segment = self._device.get(key)
+        if segment is None:
+            segment = self.host.get(key, kind)
+            if segment is not None:
+                segment = self._device.promote(segment, self._num_layers)
+        return segment
+
+    def is_on_device(self, key: str) -> bool:
+        """Whether `get` needs no copy from host memory."""
+        return self._device is not None and key in self._device
+
+    def remove(self, key: str, kind: Kind) -> None:
+        """Forget a segment in device and host memory."""
+        self._forget_copy(key)
+        self.host.remove(key, kind)
+
+    def _forget_copy(self, key: str) -> None:
+        if self._device is not None:
+            self._device.remove(key)
+
+    def fetch(self, plan: FetchPlan) -> None:
+        """Look for a segment below host memory; `take_fetched` tells how that went."""
+        if self._transfers is not None:
+            self._transfers.fetch(plan)
+
+    def take_fetched(self, wait_seconds: float) -> list[tuple[str, Fetched]]:
+        """Fetches that ended, by name; waits for one as long as that, if any is running."""
+        return [] if self._transfers is None else self._transfers.take_ended(wait_seconds)
+
+    def settle(self, admitted: Sequence[str], unwanted: Sequence[str]) -> None:
+        """Move fetched segments to host memory, or throw them away."""
+        if self._transfers is not None:
+            for name in admitted:
+                self._transfers.admit(name)
+            for name in unwanted:
+                self._transfers.discard(name)
+            self._transfers.release_written()
+
+    def take_events(self) -> Counter[str]:
+        """What happened in the tiers below since the last call, by kind."""
+        return Counter() if self._transfers is None else self._transfers.take_events()
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until disk and Redis have what was stored; whether they have."""
+        return self._transfers is None or self._transfers.flush(seconds)
+
+    def close(self) -> None:
+        """Release all memory and threads."""
+        if self._transfers is not None:
+            self._transfers.close()
+        self.host.close()
+
+
+@dataclass(frozen=True)
+class _Opened:
+    storage: Storage
+    pace: Pace
+
+
+_opened: dict[str, _Opened] = {}
+
+
+def get_storage(vllm_config: VllmConfig) -> Storage:
+    """Where this engine's worker keeps segments, KV half and encoder half; made on first use."""
+    return _open(vllm_config).storage
+
+
+def get_pace(vllm_config: VllmConfig) -> Pace:
+    """How fast this engine's worker computes; loads are weighed against it."""
+    return _open(vllm_config).pace
+
+
+def close_storage(vllm_config: VllmConfig) -> None:
+    """Close the engine's storage; does nothing the second time."""
+    opened = _opened.pop(engine_id(vllm_config), None)
+    if opened is not None:
+        opened.storage.close()
+
+
+def _open(vllm_config: VllmConfig) -> _Opened:
+    name = engine_id(vllm_config)
+    if name not in _opened:
+        _opened[name] = _make(vllm_config)
+    return _opened[name]
+
+
+def _make(vllm_config: VllmConfig) -> _Opened:
+    config, shape = config_of(vllm_config), kv_shape(vllm_config)
+    rank = get_tensor_model_parallel_rank()
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    model, fingerprint = vllm_config.model_config.model, model_fingerprint(vllm_config)
+    device = torch.device(current_platform.device_type)
+    pace = Pace(device, config.prefill_tokens_per_second)
+    tiers = open_tiers(config, fingerprint, model)
+    budget = config.cpu_bytes // num_ranks + config.encoder_cpu_bytes
+    if tiers:  # what is being written keeps its memory after it was evicted
+        budget += config.write_queue_bytes
+    host = LMCacheSegmentStore(
+        model_name=model,
+        fingerprint=fingerprint,
+        rank=rank,
+        world_size=num_ranks,
+        budget_bytes=int(budget * _SLACK) + (8 << 20),
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        kv_dtype=shape.dtype,
+        # This process wrote or checked the memory itself: a checksum over each read would only
+        # cost time.
+        verify=False,
+    )
+    transfers = None
+    if tiers:
+        transfers = Transfers(
+            host,
+            tiers,
+            rank=rank,
+            num_ranks=num_ranks,
+            read_seconds=config.fetch_deadline_seconds,
+            queue_bytes=config.write_queue_bytes,
+            pace=pace if config.break_even else None,
+        )
+    copies = DeviceSegments(config.device_bytes, device) if config.device_bytes else None
+    return _Opened(Storage(host, shape.num_layers, device=copies, transfers=transfers), pace)
