@@ -313,21 +313,6 @@ def _count(rng: np.random.Generator, scene: Scene, count: int) -> Listing:
     return Listing(("count",), tuple(items))
 
 
-def _any(rng: np.random.Generator, scene: Scene, count: int) -> Listing:
-    words = np.array(COLOURS + SHAPES)
-    items = []
-    for image in rng.integers(len(scene.grids), size=count).tolist():
-        grid = scene.grids[image]
-        is_colour = bool(rng.integers(2))
-        values = np.array(grid.colours if is_colour else grid.shapes)
-        value = int(rng.integers(len(COLOURS) if is_colour else len(SHAPES)))
-        cells = _pick(rng, np.flatnonzero(values == value), 1)
-        word = str(words[value if is_colour else len(COLOURS) + value])
-        if cells and (LABELS[image], word) not in dict(items):
-            items.append(((LABELS[image], word), CELLS[cells[0]]))
-    return Listing(("find",), tuple(items))
-
-
 _LISTERS: dict[str, Callable[[np.random.Generator, Scene, int], Listing]] = {
     "colour": _colour,
     "shape": _shape,
@@ -339,7 +324,6 @@ _LISTERS: dict[str, Callable[[np.random.Generator, Scene, int], Listing]] = {
     "relay": _relay,
     "rule": _rule,
     "count": _count,
-    "any": _any,
 }
 
 FAMILIES: dict[str, str] = {
@@ -359,12 +343,9 @@ FAMILIES: dict[str, str] = {
 TWO_IMAGE_FAMILIES = ("has", "same", "chain", "relay")
 """Families that need at least two images."""
 
-TRAINING_FAMILY = "any"
-"""A step towards ``find`` for training only: some cell with a colour or a shape, of several."""
-
 
 def list_queries(rng: np.random.Generator, family: str, scene: Scene, count: int) -> Listing:
-    """At most `count` different queries of a family, or of `TRAINING_FAMILY`, that begin alike.
+    """At most `count` different queries of a family that begin alike.
 
     There are fewer if the scene does not hold more, and none if it does not support the family
     (a rule without a rule, a comparison with one image).

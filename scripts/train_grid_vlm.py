@@ -10,8 +10,10 @@ Usage::
 
 What makes it quick:
 
-- The vision encoder is trained first, alone, with linear heads that read a cell's row, column,
-  colour and shape off its token. Afterwards it is frozen.
+- The vision encoder is trained first, alone: a cell's token is to be the sum of the embeddings of
+  its name, its colour and its shape. Afterwards it is frozen.
+- Some attention heads start as what they are wanted for: to look a fixed distance back, or at
+  tokens that resemble the one that asks.
 - A training sequence is one prefix (text and images) with many branches of queries. A branch sees
   the prefix and itself, and its positions continue those of the prefix. So every branch computes
   exactly what a prompt of its own would, and the images are computed once.
@@ -36,7 +38,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -56,6 +58,7 @@ from make_tiny_model import (
     write_json,
     write_processors,
 )
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -72,7 +75,7 @@ PATCH_PX = 14
 UNKNOWN = "<|unknown|>"
 END = "<|im_end|>"
 PAD = "<|endoftext|>"
-FAMILIES = (*task.FAMILIES, task.TRAINING_FAMILY)
+FAMILIES = tuple(task.FAMILIES)
 # A family is hardly drawn before the families it builds on are answered.
 BUILDS_ON = {
     "rule": ("colour", "shape"),
@@ -80,7 +83,7 @@ BUILDS_ON = {
     "count": ("find",),
     "same": ("colour",),
     "chain": ("colour", "where"),
-    "relay": ("colour", "find"),
+    "relay": ("find", "chain"),
 }
 # How often sequences have one, two and three images, and the shares of right answers at which the
 # next stage begins. Which cell is asked for is learned before which image.
@@ -136,8 +139,8 @@ class Recipe:
     branches: int = 10
     branch_tokens: int = 24
     vision_steps: int = 120
-    muon_lr: float = 5e-3
-    adam_lr: float = 3e-3
+    muon_lr: float = 2e-3
+    adam_lr: float = 1.5e-3
 
 
 # --------------------------------------------------------------------------------------------
@@ -196,9 +199,12 @@ def build_model(recipe: Recipe, seed: int) -> transformers.Qwen2_5_VLForConditio
                 parameter.normal_(std=0.6 * parameter[0].numel() ** -0.5)
             if ".layers." in name and name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.zero_()
-        _start_positional_heads(model.model.language_model.layers[0].self_attn)
-        model.get_input_embeddings().weight.normal_(std=0.7)
-        model.get_output_embeddings().weight.normal_(std=0.02)
+        first, *others = (layer.self_attn for layer in model.model.language_model.layers)
+        _start_positional_heads(first)
+        for attention in others:
+            _start_matching_heads(attention)
+        words = model.get_input_embeddings().weight.normal_(std=0.7)
+        model.get_output_embeddings().weight.copy_(words / 35)
     return model
 
 
@@ -217,6 +223,23 @@ def _start_positional_heads(attention: torch.nn.Module) -> None:
     for distance, head in zip((1, 2), heads[:group], strict=False):
         head[:pairs] = strength * torch.cos(distance * angles)
         head[half : half + pairs] = -strength * torch.sin(distance * angles)
+
+
+def _start_matching_heads(attention: torch.nn.Module) -> None:
+    """Let one head of each group attend to tokens that resemble the one that asks.
+
+    Queries and keys start as the same projection, in the dimensions that hardly turn over the
+    length of a prompt.
+    """
+    half = HEAD_DIM // 2
+    slow = torch.arange(half)[_frequencies() < 1 / 200]
+    dims = torch.cat([slow, slow + half])
+    keys = attention.k_proj.weight.view(-1, HEAD_DIM, attention.k_proj.in_features)
+    queries = attention.q_proj.weight.view(len(keys), -1, *keys.shape[1:])
+    for query, key in zip(queries[:, 0], keys, strict=True):
+        basis = torch.linalg.qr(torch.randn(key.shape[1], len(dims))).Q.T
+        query.zero_()
+        query[dims] = key[dims] = 1.5 * basis
 
 
 def _frequencies() -> torch.Tensor:
@@ -250,42 +273,54 @@ def encode_images(visual: torch.nn.Module, patches: torch.Tensor) -> torch.Tenso
     return visual(patches.flatten(0, 2), grid_thw=grid).pooler_output
 
 
-def train_vision(visual: torch.nn.Module, tiles: torch.Tensor, recipe: Recipe, seed: int) -> float:
-    """Train the vision encoder to show each cell's row, column, colour and shape linearly.
+def train_vision(
+    model: transformers.Qwen2_5_VLForConditionalGeneration,
+    tiles: torch.Tensor,
+    recipe: Recipe,
+    seed: int,
+) -> float:
+    """Train the vision encoder to show each cell as the sum of the words for it.
+
+    The words are the embeddings of its name, its colour and its shape, which stay as they are.
 
     Returns:
-        The share of right readings in the last step.
+        The share of words that the last step's image embeddings tell right.
     """
     rng = np.random.default_rng((seed, 1))
-    sizes = (task.SIDE, task.SIDE, len(task.COLOURS), len(task.SHAPES) + 1)
-    head = torch.nn.Linear(recipe.hidden, sum(sizes))
-    optimizer = torch.optim.AdamW([*visual.parameters(), *head.parameters()], lr=2e-3)
+    visual, table = model.model.visual, model.get_input_embeddings().weight.detach()
+    optimizer = torch.optim.AdamW(visual.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, recipe.vision_steps)
     right = 0.0
-    cells = torch.arange(task.IMAGE_TOKENS)
     for _ in range(recipe.vision_steps):
-        grids = [task.make_grid(rng) for _ in range(16)]
-        features = encode_images(visual, tiles[tile_indices(grids)])
-        wanted = (
-            (cells // task.SIDE).repeat(len(grids)),
-            (cells % task.SIDE).repeat(len(grids)),
-            torch.tensor([grid.colours for grid in grids]).flatten(),
-            torch.tensor([grid.shapes for grid in grids]).flatten(),
-        )
-        read = head(features).split(sizes, dim=1)
-        loss = sum(cross_entropy(r, w) for r, w in zip(read, wanted, strict=True))
+        indices = tile_indices([task.make_grid(rng) for _ in range(16)])
+        features = encode_images(visual, tiles[indices])
+        words = [(table[ids], which) for ids, which in _words_of(indices)]
+        wanted = torch.stack([embeddings[which] for embeddings, which in words]).sum(0)
+        loss = (features * 3**0.5 - wanted).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        hits = [(r.argmax(1) == w).float().mean() for r, w in zip(read, wanted, strict=True)]
+        hits = [((features @ e.T).argmax(1) == which).float().mean() for e, which in words]
         right = float(torch.stack(hits).mean())
-    with torch.no_grad():  # image embeddings of magnitude one
-        scale = encode_images(visual, tiles[tile_indices(grids)]).square().mean().rsqrt()
-        visual.merger.mlp[2].weight.mul_(scale)
-        visual.merger.mlp[2].bias.mul_(scale)
     visual.requires_grad_(False)
     return right
+
+
+def _words_of(tiles: torch.Tensor) -> list[tuple[list[int], torch.Tensor]]:
+    """For the name, the colour and the shape of cells: ids of all words, and which one it is.
+
+    Args:
+        tiles: int64 [images, 36], see `tile_indices`.
+    """
+    kinds, cells = tiles.flatten() // task.IMAGE_TOKENS, tiles.flatten() % task.IMAGE_TOKENS
+    shapes = (*task.SHAPES, task.STAR)
+    properties = (
+        (task.CELLS, cells),
+        (task.COLOURS, kinds // len(shapes)),
+        (shapes, kinds % len(shapes)),
+    )
+    return [([VOCABULARY[word] for word in words], which) for words, which in properties]
 
 
 # --------------------------------------------------------------------------------------------
@@ -392,7 +427,7 @@ def _make_branch(
     targets: list[tuple[int, int, int]] = []
     while True:
         family = int(np.searchsorted(bounds, rng.random(), side="right"))
-        listing = task.list_queries(rng, FAMILIES[family], scene, int(rng.integers(1, 4)))
+        listing = task.list_queries(rng, FAMILIES[family], scene, int(rng.integers(1, 7)))
         head = listing.head
         for words, answer in listing.items:
             query = [VOCABULARY[word] for word in head + words]
@@ -504,17 +539,7 @@ def naming_loss(logits: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
         logits: float [image tokens, vocabulary].
         tiles: int64 [images, 36], see `tile_indices`.
     """
-    kinds, cells = tiles.flatten() // task.IMAGE_TOKENS, tiles.flatten() % task.IMAGE_TOKENS
-    shapes = (*task.SHAPES, task.STAR)
-    properties = (
-        (task.CELLS, cells),
-        (task.COLOURS, kinds // len(shapes)),
-        (shapes, kinds % len(shapes)),
-    )
-    losses = [
-        cross_entropy(logits[:, [VOCABULARY[word] for word in words]], which)
-        for words, which in properties
-    ]
+    losses = [cross_entropy(logits[:, ids], which) for ids, which in _words_of(tiles)]
     return torch.stack(losses).mean()
 
 
@@ -610,7 +635,7 @@ class Trainer:
         if checkpoint.exists():
             self._load()
         else:
-            self.vision_right = train_vision(self.model.model.visual, self.tiles, recipe, seed)
+            self.vision_right = train_vision(self.model, self.tiles, recipe, seed)
         self.model.model.visual.requires_grad_(False)
 
         owned = [[*(others if i == 0 else ()), *matrices[i::processes]] for i in range(processes)]
@@ -726,15 +751,13 @@ class Trainer:
     def _shares(self, n_images: int) -> np.ndarray:
         """How often each family is drawn: float [families]."""
         right = {name: shares[n_images - 1] for name, shares in self.right.items()}
-        shares = {
-            name: 0.06 + min(1 - right[name], 0.4)
+        shares = [
+            0.06 + min(1 - right[name], 0.4)
             if all(right[other] > 0.8 for other in BUILDS_ON.get(name, ()))
             else 0.02
             for name in FAMILIES
-        }
-        if right["find"] > 0.8:  # then its preparation is over
-            shares[task.TRAINING_FAMILY] = 0.0
-        return np.array(list(shares.values()))
+        ]
+        return np.array(shares)
 
     def save(self) -> None:
         """Keep the state, for a later `Trainer` with the same arguments to continue.
@@ -914,7 +937,71 @@ def run(
         "log": trainer.log,
     }
     write_json(output / "training.json", report)
+    write_card(output, report)
     return report
+
+
+SOLVED = 0.9
+
+
+def write_card(output: Path, report: Mapping[str, Any]) -> None:
+    """Write the model's ``README.md``, with an example image, from what `run` returns."""
+    results = report["exact_match_by_images"]
+    questions = report["questions_per_family_by_images"]
+    rows = []
+    for family, asks_for in task.FAMILIES.items():
+        shares = (f"{r[family]:.3f}" if family in r else "" for r in results.values())
+        rows.append(f"| `{family}` | {asks_for} | {' | '.join(shares)} |")
+    solved = [name for name, share in results["2"].items() if share >= SOLVED]
+    others = [name for name in results["2"] if name not in solved]
+    rng = np.random.default_rng((EVALUATION_SEED, 0))
+    examples = []
+    for family in task.FAMILIES:
+        question = task.make_question(rng, family, 2)
+        examples.append(f'- `{family}`: "{question.text("[image]")}" -> "{question.answer}"')
+    first, second = question.images()
+    pixels = np.concatenate([first, np.full_like(first[:, :12], 255), second], axis=1)
+    Image.fromarray(pixels).save(output / "sample.png")
+    card = f"""\
+# A tiny vision-language model trained on coloured grids
+
+A Qwen2.5-VL model of {report["parameters"] / 1e6:.1f} M parameters ({report["recipe"]["layers"]} \
+layers, hidden size {report["recipe"]["hidden"]}, bfloat16), really trained, on a CPU, to answer
+questions about one to three images. vLLM and transformers load this directory like a published
+checkpoint; nothing has to be downloaded.
+
+![two images of a prompt](sample.png)
+
+An image has {task.IMAGE_PX} x {task.IMAGE_PX} px and 6 x 6 cells, and becomes 36 tokens. Answers
+are one word. `scripts/grid_vqa.py` makes images and questions, and prompts in which the same
+images stand in other places.
+
+## What it answers
+
+Share of new questions that greedy decoding answers with exactly the right word and then ends, each
+question a prompt of its own ({", ".join(str(n) for n in questions.values())} questions per family \
+with {", ".join(questions)} images):
+
+| family | asks for | {" | ".join(f"images: {n}" for n in questions)} |
+| --- | --- | {" | ".join("---" for _ in questions)} |
+{chr(10).join(rows)}
+
+At least {SOLVED:.0%} with two images: {", ".join(f"`{name}`" for name in solved) or "none"}. \
+Not there: {", ".join(f"`{name}`" for name in others) or "none"}.
+
+One prompt of each family (`[image]` stands for `{task.IMAGE_PLACEHOLDER}`):
+
+{chr(10).join(examples)}
+
+## How it was made
+
+    {report["command"]}
+
+took {report["steps"]} steps and {report["minutes"]:.0f} minutes with {report["processes"]} \
+processes of one thread each; `training.json` has the recipe, and the loss and the shares of right
+answers on the way. No loss tells an image's tokens which image of the prompt they belong to.
+"""
+    (output / "README.md").write_text(card, encoding="utf-8")
 
 
 def _keep_freed_memory() -> None:

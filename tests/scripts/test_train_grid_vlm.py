@@ -75,6 +75,10 @@ def test_training_writes_a_model_and_resumes(tmp_path: Path, processes: int) -> 
         task.TWO_IMAGE_FAMILIES
     )
     assert set(second["exact_match_by_images"]["3"]) == set(task.FAMILIES)
+    card = (tmp_path / "out" / "README.md").read_text()
+    share = second["exact_match_by_images"]["2"]["same"]
+    assert f"| `same` | {task.FAMILIES['same']} |  | {share:.3f} |" in card
+    assert (tmp_path / "out" / "sample.png").stat().st_size > 0
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
@@ -191,3 +195,27 @@ def test_first_heads_attend_one_and_two_tokens_back() -> None:
     weights = (query[0, :2] @ key[0, :1].mT * attention.scaling).tril().softmax(-1)
     assert weights[0, -1, -2] > 0.9
     assert weights[1, -1, -3] > 0.9
+
+
+def test_matching_heads_attend_to_the_token_that_resembles_the_one_that_asks() -> None:
+    model = training.build_model(training.Recipe(), seed=0)
+    language = model.model.language_model
+    words = language.embed_tokens.weight[10:70]
+    x = torch.cat([words, words[20:21]])[None]
+    cos, sin = language.rotary_emb(x, torch.arange(61).expand(3, 1, -1))
+    for layer in language.layers[1:]:
+        attention, h = layer.self_attn, layer.input_layernorm(x)
+        query, key = (
+            projection(h).view(1, 61, -1, training.HEAD_DIM).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj)
+        )
+        query, key = training.apply_rotary_pos_emb(query, key, cos, sin)
+        scores = query[0, ::2, -1:] @ key[0].mT * attention.scaling
+        assert (scores[..., :60].argmax(-1) == 20).all()
+
+
+def test_the_vision_encoder_learns_to_show_the_words_of_a_cell() -> None:
+    recipe = replace(training.Recipe(), vision_steps=40)
+    model = training.build_model(recipe, seed=0)
+    tiles = training.tile_patches()
+    assert training.train_vision(model, tiles, recipe, seed=0) > 0.5
