@@ -76,7 +76,13 @@ def start(tiny_model: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
             arguments["kv_transfer_config"] = {
                 "kv_connector": "VLCacheConnector",
                 "kv_role": role,
-                "kv_connector_extra_config": EXACT | {"cpu_bytes": "128MiB"} | connector,
+                "kv_connector_extra_config": {
+                    "cpu_bytes": "128MiB",
+                    "encoder_cpu_bytes": "64MiB",
+                    "min_recompute_tokens": 0,
+                    **EXACT,
+                    **connector,
+                },
             }
         alive.append(Engine(tiny_model(), EXACT | connector, **arguments))
         return alive[-1]
