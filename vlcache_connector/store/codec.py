@@ -54,6 +54,7 @@ __all__ = [
     "encoded_size",
     "pack_positions",
     "payload_view",
+    "read_header",
     "seal",
     "unpack_positions",
 ]
@@ -166,6 +167,19 @@ def decode(
     if verify and _checksum(header, memory[start:]) != header.checksum:
         raise RefusedObject("checksum", f"content of {header.key!r} group {header.group} damaged")
     return header, _view(buffer, start, header)
+
+
+def read_header(buffer: Tensor) -> ObjectHeader:
+    """What an object says about itself, for those who know neither its key nor its model.
+
+    Its schema is checked, nothing else. The object's first bytes are enough, if they hold all of
+    the header.
+
+    Raises:
+        RefusedObject: "format" or "version".
+        ValueError: `buffer` is not a contiguous 1-D uint8 host tensor.
+    """
+    return _read_header(_as_memory(buffer))[0]
 
 
 def _read_header(memory: memoryview) -> tuple[ObjectHeader, int]:

@@ -22,8 +22,9 @@ from vlcache_connector.store.base import (
     StoreUsage,
 )
 from vlcache_connector.store.codec import Kind, ObjectHeader, RefusedObject
-from vlcache_connector.store.grouping import check_grouping, groupings
+from vlcache_connector.store.grouping import groupings
 from vlcache_connector.store.lmcache_pool import PAGE_BYTES, LMCachePool, release, require
+from vlcache_connector.store.objects import as_buffers, complete, decode_objects
 
 if TYPE_CHECKING:
     from lmcache.v1.memory_management import MemoryObj
@@ -163,12 +164,7 @@ class LMCacheSegmentStore(SegmentStore):
         return self._keep(key, kind, ids, memory)
 
     def check_encoded(self, key: str, kind: Kind, objects: Sequence[memoryview]) -> None:
-        buffers = [torch.frombuffer(part, dtype=torch.uint8) for part in objects if len(part)]
-        if len(buffers) < len(objects):
-            raise RefusedObject("format", "an object is empty")
-        opened = self._decode(key, kind, iter(buffers), verify=True)
-        if opened is None or opened[0].num_groups != len(objects):
-            raise RefusedObject("shape", f"{len(objects)} objects are not the whole segment")
+        complete(self._decode(key, kind, iter(as_buffers(objects)), verify=True), len(objects))
 
     def get_encoded(self, key: str, kind: Kind) -> EncodedSegment | None:
         ids = self._resident.get((key, kind))
@@ -328,24 +324,19 @@ class LMCacheSegmentStore(SegmentStore):
 
         Takes as many buffers as the segment has objects.
         """
-        headers: list[ObjectHeader] = []
-        parts: list[Tensor] = []
-        while not headers or len(headers) < headers[0].num_groups:
-            buffer = next(buffers, None)
-            if buffer is None:
-                return None
-            header, part = codec.decode(
-                buffer, expect_key=key, expect_fingerprint=self._fingerprint, verify=verify
-            )
-            if header.kind != kind:
-                raise RefusedObject("identity", f"of kind {header.kind!r}, not {kind!r}")
-            headers.append(header)
-            parts.append(part)
-        check_grouping(headers, self._num_layers if kind == "kv" else headers[0].num_tokens)
-        form = (headers[0].shape[3:], headers[0].dtype)
-        if kind == "kv" and form != (self._head_shape, self._kv_dtype):
-            raise RefusedObject("shape", f"KV of {form} is not this store's")
-        return headers[0], parts
+        opened = decode_objects(
+            key,
+            kind,
+            buffers,
+            fingerprint=self._fingerprint,
+            num_layers=self._num_layers,
+            verify=verify,
+        )
+        if opened is not None and kind == "kv":
+            form = (opened[0].shape[3:], opened[0].dtype)
+            if form != (self._head_shape, self._kv_dtype):
+                raise RefusedObject("shape", f"KV of {form} is not this store's")
+        return opened
 
     def _release(self, segment: Segment | EncodedSegment) -> None:
         release(self._reading.pop(segment))

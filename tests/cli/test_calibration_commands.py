@@ -1,4 +1,4 @@
-"""The `vlcache` command: what it writes, and how it refuses what it can't do."""
+"""`vlcache calibrate` and `vlcache verify --model`: what they write, and what they refuse."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             started.append((runner, connector, arguments))
             return runner
 
-        monkeypatch.setattr(cli, "Runner", start)
+        monkeypatch.setattr(cli.calibration, "Runner", start)
         monkeypatch.setattr(support, "weights_fingerprint", lambda config: FINGERPRINT)
         shape = SimpleNamespace(num_layers=NUM_LAYERS)
         monkeypatch.setattr(support, "kv_shape", lambda config: shape)
-        monkeypatch.setattr(cli, "_ENVIRONMENT", {})
+        monkeypatch.setattr(cli.calibration, "_ENVIRONMENT", {})
         return started
 
     return install

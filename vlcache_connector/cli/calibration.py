@@ -1,24 +1,20 @@
-"""The `vlcache` command."""
+"""Commands that run a model: `vlcache calibrate`, and `vlcache verify --model`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import __version__
-from .calibration import (
+from ..calibration import (
     RELATIONS,
     Calibration,
     ModelIdentity,
@@ -26,23 +22,22 @@ from .calibration import (
     Thresholds,
     default_path,
 )
-from .config import ConfigError, SelectorName
-from .measure import calibrate, verify
-from .measure.cases import (
+from ..config import ConfigError, SelectorName
+from ..measure import calibrate, verify
+from ..measure.cases import (
     MAX_IMAGES_PER_PROMPT,
     MIN_IMAGE_PX,
     FolderImages,
     ImageSource,
-    MeasurementError,
     Render,
     SyntheticImages,
     make_cases,
     make_render,
 )
-from .measure.runner import Runner
+from ..measure.runner import Runner
+from .console import checked, err, not_negative, out, positive, progress
 
-_BAD_INPUT = 2
-_INTERRUPTED = 130
+AFTER_INTERRUPT = "; nothing was written"
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -71,47 +66,18 @@ _OWN_ENGINE_ARGUMENTS = frozenset(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry; returns the exit status."""
-    args = _parser().parse_args(argv)
-    try:
-        return int(args.run(args))
-    except ConfigError as error:
-        _complain(args.command, str(error))
-        return _BAD_INPUT
-    except MeasurementError as error:
-        _complain(args.command, str(error))
-        return 1
-    except KeyboardInterrupt:
-        _complain(args.command, "interrupted; nothing was written")
-        return _INTERRUPTED
-
-
-def _complain(command: str, problem: str) -> None:
-    print(f"vlcache {command}: {' '.join(problem.split())}", file=sys.stderr)
-
-
 # -- arguments ----------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vlcache", description="Measure the reuse of images' KV on a model."
-    )
-    parser.add_argument("--version", action="version", version=f"vlcache {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_calibrate(commands)
-    _add_verify(commands)
-    return parser
-
-
-def _add_calibrate(commands: Any) -> None:
+def add_calibrate(commands: Any) -> None:
+    """Add `calibrate` to the commands."""
     command = commands.add_parser(
         "calibrate",
         help="find out in which layers a model needs recomputation",
         description="Find out in which layers a model needs recomputation, and write schedules "
         "for the layer_aware selector.",
     )
+    add_model(command, required=True)
     _add_common(command, requests=24, what="requests to measure on, and as many to check on")
     command.add_argument(
         "--relations",
@@ -121,17 +87,17 @@ def _add_calibrate(commands: Any) -> None:
         metavar="RELATION",
         help="donor relations to measure under, in turn: %(choices)s (default: all but the first)",
     )
-    command.set_defaults(run=_calibrate)
+    command.set_defaults(run=run_calibrate, after_interrupt=AFTER_INTERRUPT)
 
 
-def _add_verify(commands: Any) -> None:
+def add_model(command: Any, **options: Any) -> None:
+    """Add the option that names the model; `options` are those of `add_argument`."""
+    command.add_argument("--model", help="folder of the model, or its hub id", **options)
+
+
+def add_verify_options(command: Any) -> None:
+    """Add what `verify --model` takes besides."""
     default = verify.DEFAULT_THRESHOLDS
-    command = commands.add_parser(
-        "verify",
-        help="find out how good a model's answers are with reused KV",
-        description="Compare answers with reused KV to those of a full recompute, for each donor "
-        "relation, and write the verdict that the connector's gate follows.",
-    )
     _add_common(command, requests=64, what="requests per donor relation")
     command.add_argument(
         "--selector", choices=get_args(SelectorName), default="first_k", help="default: first_k"
@@ -141,7 +107,7 @@ def _add_verify(commands: Any) -> None:
     )
     command.add_argument(
         "--max-kl",
-        type=_not_negative,
+        type=_distance,
         default=default.kl,
         metavar="NATS",
         help=f"largest mean KL divergence of the first answer token that passes "
@@ -160,11 +126,9 @@ def _add_verify(commands: Any) -> None:
         choices=[verdict for verdict in reversed(verify.VERDICTS) if verdict != "none"],
         help="exit with status 1 unless the verdict is at least this one",
     )
-    command.set_defaults(run=_verify)
 
 
-def _add_common(command: argparse.ArgumentParser, requests: int, what: str) -> None:
-    command.add_argument("--model", required=True, help="folder of the model, or its hub id")
+def _add_common(command: Any, requests: int, what: str) -> None:
     command.add_argument(
         "--output",
         type=Path,
@@ -172,9 +136,9 @@ def _add_common(command: argparse.ArgumentParser, requests: int, what: str) -> N
         help="calibration file; by default the one that the connector finds by the model's name",
     )
     command.add_argument(
-        "--requests", type=_positive, default=requests, metavar="N", help=f"{what} ({requests})"
+        "--requests", type=positive, default=requests, metavar="N", help=f"{what} ({requests})"
     )
-    command.add_argument("--seed", type=_seed, default=0, help="default: 0")
+    command.add_argument("--seed", type=not_negative, default=0, help="default: 0")
     command.add_argument(
         "--images",
         type=Path,
@@ -197,33 +161,17 @@ def _add_common(command: argparse.ArgumentParser, requests: int, what: str) -> N
     )
 
 
-def _positive(text: str) -> int:
-    return _checked(int(text), text, lambda value: value >= 1, "at least 1")
-
-
-def _seed(text: str) -> int:
-    return _checked(int(text), text, lambda value: value >= 0, "at least 0")
-
-
 def _image_size(text: str) -> int:
     allowed = f"from {MIN_IMAGE_PX} to 4096"
-    return _checked(int(text), text, lambda value: MIN_IMAGE_PX <= value <= 4096, allowed)
+    return checked(int(text), text, lambda value: MIN_IMAGE_PX <= value <= 4096, allowed)
 
 
 def _share(text: str) -> float:
-    return _checked(float(text), text, lambda value: 0 <= value <= 1, "from 0 to 1")
+    return checked(float(text), text, lambda value: 0 <= value <= 1, "from 0 to 1")
 
 
-def _not_negative(text: str) -> float:
-    return _checked(
-        float(text), text, lambda value: 0 <= value < float("inf"), "a number from 0 on"
-    )
-
-
-def _checked(value: Any, text: str, is_allowed: Callable[[Any], bool], allowed: str) -> Any:
-    if not is_allowed(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed, only {allowed}")
-    return value
+def _distance(text: str) -> float:
+    return checked(float(text), text, lambda value: 0 <= value < float("inf"), "a number from 0 on")
 
 
 def _engine_arguments(text: str) -> dict[str, Any]:
@@ -279,7 +227,7 @@ class _Job:
         Raises:
             ConfigError: the existing one is of a model with another name.
         """
-        from .support import kv_shape, weights_fingerprint
+        from ..support import kv_shape, weights_fingerprint
 
         identity = ModelIdentity(
             name=self.name,
@@ -293,7 +241,7 @@ class _Job:
                     f"--output={self.output}: this is the calibration of another model, "
                     f"{kept.model.name}; name another file, or remove it"
                 )
-            _err().print(f"{self.output} was made for other weights of {self.name}: starting anew")
+            err().print(f"{self.output} was made for other weights of {self.name}: starting anew")
             kept = None
         return identity, kept
 
@@ -325,7 +273,7 @@ def _check_architecture(model: str, config_file: Path) -> None:
         raise ConfigError(
             f"--model={model}: its config.json names no architectures, so it can't be served"
         ) from None
-    from .support import SUPPORTED_ARCHITECTURES
+    from ..support import SUPPORTED_ARCHITECTURES
 
     if not SUPPORTED_ARCHITECTURES & set(architectures):
         raise ConfigError(
@@ -360,7 +308,7 @@ def _engine(
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     arguments = {**_ENGINE, **args.engine_args, "enable_prefix_caching": False}
-    _err().print(f"Starting vLLM with {model}")
+    err().print(f"Starting vLLM with {model}")
     try:
         runner = Runner(model, {**_CONNECTOR, **connector}, **arguments)
     except ConfigError:
@@ -374,32 +322,11 @@ def _engine(
         runner.close()
 
 
-@contextmanager
-def _progress(**totals: int) -> Iterator[Callable[[str], None]]:
-    """Bars by name; a call with a name advances one."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=_err()) as progress:
-        tasks = {name: progress.add_task(name, total=total) for name, total in totals.items()}
-        yield lambda name: progress.advance(tasks[name])
-
-
-def _out() -> Console:
-    return Console(highlight=False, soft_wrap=True)
-
-
-def _err() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
-
-
 # -- calibrate ----------------------------------------------------------------------------------
 
 
-def _calibrate(args: argparse.Namespace) -> int:
+def run_calibrate(args: argparse.Namespace) -> int:
+    """Measure, and write schedules."""
     held_out_images = _images(args, (1, 2))
     images = _images(args, (0, 2))
     job = _Job.of(args)
@@ -408,7 +335,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         num_layers = identity.num_layers
         points = args.requests * calibrate.num_grid_points(num_layers)
         checks = args.requests * 2 * len(calibrate.BUDGETS)
-        with _progress(measuring=points, checking=checks) as advance:
+        with progress(measuring=points, checking=checks) as advance:
             surface = calibrate.measure_surface(
                 runner,
                 make_cases(
@@ -442,14 +369,14 @@ def _calibrate(args: argparse.Namespace) -> int:
         verification=existing.verification if existing is not None else None,
     )
     _save(calibration, job.output)
-    _out().print(_schedules_table(validated))
+    out().print(_schedules_table(validated))
     for entry in validated:
         if entry.is_uniform:
-            _out().print(
+            out().print(
                 f"ratio {entry.schedule.ratio}: first_k was better on the held-out requests, so "
                 "the schedule is the same in all layers"
             )
-    _out().print(f"Written to {job.output}")
+    out().print(f"Written to {job.output}")
     return 0
 
 
@@ -483,7 +410,8 @@ def _save(calibration: Calibration, output: Path) -> None:
 # -- verify -------------------------------------------------------------------------------------
 
 
-def _verify(args: argparse.Namespace) -> int:
+def run_verify(args: argparse.Namespace) -> int:
+    """Measure, and write a verdict."""
     images = _images(args)
     job = _Job.of(args)
     connector = {"selector": args.selector, "recompute_ratio": args.recompute_ratio}
@@ -496,7 +424,7 @@ def _verify(args: argparse.Namespace) -> int:
         connector["calibration"] = str(job.output.absolute())
     with _engine(args, job.model, connector) as (runner, render):
         identity, existing = job.identify(runner)
-        with _progress(requests=args.requests * len(RELATIONS)) as advance:
+        with progress(requests=args.requests * len(RELATIONS)) as advance:
             measured = verify.measure(
                 runner, args.requests, images, render, args.seed, lambda: advance("requests")
             )
@@ -530,13 +458,13 @@ def _verify(args: argparse.Namespace) -> int:
             f"{flip_bound:.1%}",
             "passed" if result.passed else "failed",
         )
-    _out().print(table)
+    out().print(table)
     allowed = ", ".join(sorted(verification.allowed)) or "none"
-    _out().print(
+    out().print(
         f"Verdict: {verification.verdict} (KL at most {args.max_kl}, flips at most "
         f"{args.max_flip_rate:.1%}); reuse is allowed under: {allowed}"
     )
-    _out().print(f"Written to {job.output}")
+    out().print(f"Written to {job.output}")
     rank = verify.VERDICTS.index
     wanted = args.at_least or "none"
     return 0 if rank(verification.verdict) >= rank(wanted) else 1
