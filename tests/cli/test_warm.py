@@ -45,7 +45,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Server
 
-    def do_GET(self) -> None:  # noqa: N802 -- the standard library's name
+    def do_GET(self) -> None:
         self.server.keys.add(self.headers["Authorization"])
         if self.server.redirect_to is not None:
             self.send_response(302)
@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.reply(404, {"detail": "Not Found"})
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         assert self.path == "/v1/chat/completions"
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         url = body["messages"][0]["content"][0]["image_url"]["url"]
