@@ -225,7 +225,12 @@ def measure_window(
     exact = [replace(request, salt="full", options=FULL_RECOMPUTE) for request in stream]
     [full] = serve(model, CONNECTOR, [exact])
     identity: ModelIdentity = _in_a_process(_read_identity, model)
-    for verdict, variants in (("any", 1), ("same_ordinal", 1), ("same_ordinal", 3)):
+    for verdict, variants in (
+        ("any", 1),
+        ("same_ordinal", 1),
+        ("same_ordinal", 2),
+        ("same_ordinal", 3),
+    ):
         path = folder / f"{verdict}.yaml"
         _calibration(identity, verdict).save(path)
         connector = {
@@ -359,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "window": [],
     }
     with Progress(console=console) as progress, tempfile.TemporaryDirectory() as folder:
-        task = progress.add_task("donor policies", total=5)
+        task = progress.add_task("donor policies", total=6)
         workloads = {
             "order": measure_order(args.model, words, args.requests, args.seed),
             "window": measure_window(args.model, words, args.turns, args.seed, Path(folder)),
