@@ -63,7 +63,7 @@ class VLCacheConfig(BaseModel):
     donor: DonorMode = "first_seen"
     """In which context stored KV is computed: the first request's, or a clean one of its own."""
 
-    donor_variants: int = Field(default=2, ge=1)
+    donor_variants: int = Field(default=3, ge=1)
     """Most segments kept of one image, each with another number of images in front of it."""
 
     min_segment_tokens: int = Field(default=16, ge=1)
