@@ -89,7 +89,8 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_loss_falls(tmp_path: Path) -> None:
-    trainer = training.Trainer(SMALL, 0, tmp_path / "c.pt", processes=1)
+    quick = replace(SMALL, muon_lr=5e-3, adam_lr=5e-3)
+    trainer = training.Trainer(quick, 0, tmp_path / "c.pt", processes=1)
     losses = []
     for _ in range(40):
         trainer.advance(0.0)
