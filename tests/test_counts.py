@@ -156,3 +156,14 @@ def count_encoder_runs(llm: Any, ask: Ask) -> int:
     finally:
         del model.embed_multimodal
     return runs
+
+
+def unfinished(llm: Any) -> int:
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
+    return len(scheduler._finishing) + len(scheduler._requests) + len(scheduler._live)
+
+
+def test_requests_that_ended_are_forgotten_without_news_from_the_workers(engine: Engine) -> None:
+    for number in range(3):
+        engine.ask(Ask(f"off {number} {IMAGE}", ((160 + number, 224),), vlcache={"enabled": False}))
+    assert engine.call(unfinished) == 0

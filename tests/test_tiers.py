@@ -154,36 +154,34 @@ def test_what_one_node_prefilled_the_other_reuses_on_its_first_request(
 
 
 @needs_redis
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"deployment": "another"},
-        {"dtype": "bfloat16"},
-        {"hf_overrides": {"text_config": {"rope_parameters": {"rope_theta": 5e5}}}},
-        {"tensor_parallel_size": 2},
-        {"donor": "canonical"},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_nodes_that_differ_share_nothing(
-    start: Callable[..., Engine], redis: RedisServer, other: dict[str, Any]
-) -> None:
+def test_nodes_that_differ_share_nothing(start: Callable[..., Engine], redis: RedisServer) -> None:
     connector = {"redis_url": redis.url, "fetch_deadline_seconds": 20.0}
     node = start(connector)
     store_images(node)
-    ours = {key: other[key] for key in other if key in ("deployment", "donor")}
-    theirs = {key: other[key] for key in other if key not in ours}
-    if "tensor_parallel_size" in theirs:
-        theirs["distributed_executor_backend"] = "mp"
-        theirs["environment"] = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    stranger = start(connector | ours, **theirs)
-    [answer] = stranger.ask(MOVED)
-    assert answer.figures is not None
-    assert answer.figures["reused_tokens"] == 0
+    node.close()
+    two_ranks = {
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    }
+    strangers: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"deployment": "another"}, {}),
+        ({"donor": "canonical"}, {}),
+        ({}, {"dtype": "bfloat16"}),
+        ({}, {"hf_overrides": {"text_config": {"rope_parameters": {"rope_theta": 5e5}}}}),
+        ({}, two_ranks),
+    ]
+    for ours, theirs in strangers:
+        stranger = start(connector | ours, **theirs)
+        [answer] = stranger.ask(MOVED)
+        stranger.close()
+        assert answer.figures is not None
+        assert answer.figures["reused_tokens"] == 0, (ours, theirs)
     # The same node anew does find it.
     [answer] = start(connector).ask(MOVED)
     assert answer.figures is not None
     assert answer.figures["tier"] == "redis"
+    assert answer.figures["reused_tokens"] > 0
 
 
 @needs_redis
@@ -261,3 +259,32 @@ def test_a_clients_name_for_an_image_is_no_content_hash(engines: Callable[..., E
     [hit] = engine.ask(Ask(f"unnamed, moved {IMAGE}", ((182, 224),)))
     assert hit.figures is not None
     assert hit.figures["reused_tokens"] > 0
+
+
+def ask_without_room(llm: Any, ask: Ask) -> Answer:
+    """`ask`, while fetched encoder rows find no room in host memory."""
+    from engine import run
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    host = get_kv_transfer_group()._worker._storage.host
+    original = host.put_encoded
+    host.put_encoded = lambda key, kind, objects: (
+        0 if kind == "encoder" else original(key, kind, objects)
+    )
+    try:
+        [answer] = run(llm, [ask])
+    finally:
+        host.put_encoded = original
+    return answer
+
+
+def test_encoder_rows_that_find_no_room_are_computed(
+    start: Callable[..., Engine], engines: Callable[..., Engine], tmp_path: Path
+) -> None:
+    connector = {"disk_path": str(tmp_path), "fetch_deadline_seconds": 20.0}
+    store_images(start(connector))
+    node = start(connector)
+    # Of another tenant: its KV is unknown, its encoder rows are on disk.
+    stranger = Ask(MOVED.text, MOVED.images, max_tokens=4, cache_salt="b")
+    assert_recomputed(node.call(ask_without_room, stranger), engines)
+    assert node.call(events)["admit.no_room"] == 2

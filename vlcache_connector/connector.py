@@ -255,8 +255,11 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Reports of the workers."""
         report = connector_output.kv_connector_worker_meta
-        if self._scheduler is not None and isinstance(report, StepReport):
-            self._scheduler.update_from_report(report)
+        if self._scheduler is not None:
+            # A step without news is over, too: requests that ended in it are forgotten.
+            self._scheduler.update_from_report(
+                report if isinstance(report, StepReport) else StepReport()
+            )
 
     def request_finished(
         self, request: Request, block_ids: list[int]

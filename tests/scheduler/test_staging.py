@@ -82,12 +82,12 @@ def test_a_request_waits_until_its_segments_are_there() -> None:
     assert world.step() == ([], [], [])  # it asks once
 
     world.end(kv_name(), "cat rows")
-    # KV may be claimed in the step that is being planned, encoder rows in the next one.
+    # KV may be claimed in the step that is being planned, encoder rows when they are there.
     assert world.segments.is_ready(kv_name())
     assert not world.rows.is_ready("cat rows")
-    assert world.waits("1", item())
     assert world.step() == ([], [kv_name(), "cat rows"], [])
-    assert world.rows.is_ready("cat rows")
+    assert world.waits("1", item())
+    world.rows.stored("cat rows", 1)
     assert not world.waits("1", item())
     assert world.donors.find(item()) == kv_name()
     assert world.staging.tier_of("1") == "redis"
@@ -124,6 +124,7 @@ def test_two_requests_share_a_fetch() -> None:
     assert len(fetches) == 2
     world.end(kv_name(), "cat rows")
     world.step()
+    world.rows.stored("cat rows", 1)
     assert not world.waits("1", item())
     assert not world.waits("2", item())
     assert world.staging.tier_of("2") == "redis"
@@ -230,6 +231,21 @@ def test_a_request_that_ended_leaves_nothing_behind() -> None:
     world.staging.forget("1")
     world.end(kv_name(), "cat rows")
     world.step()
+    world.rows.stored("cat rows", 1)
+    world.step()
     assert world.segments.is_ready(kv_name())
     assert not world.staging._tickets
+    assert not world.staging._running
+
+
+def test_encoder_rows_that_found_no_room_are_not_promised() -> None:
+    world = World()
+    world.waits("1", item(), saved_tokens=0)
+    world.step()
+    world.end("cat rows")
+    world.step()
+    assert world.waits("1", item(), saved_tokens=0)
+    world.rows.lost("cat rows")
+    assert not world.waits("1", item(), saved_tokens=0)
+    assert not world.rows.is_ready("cat rows")
     assert not world.staging._running

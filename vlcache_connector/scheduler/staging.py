@@ -113,7 +113,7 @@ class Staging:
                 if item.encoder_key not in self._encoder_rows:
                     rows: dict[str, int | None] = {item.encoder_key: None}
                     self._want(ticket, _Fetch(item, "encoder", encoder_bytes(item), 0, rows))
-        ticket.running &= self._running.keys()
+        ticket.running = {name for name in ticket.running if not self._is_over(name)}
         for name in list(ticket.wanted):
             if self._begin(name, ticket.wanted[name]):
                 del ticket.wanted[name]
@@ -156,8 +156,11 @@ class Staging:
             if name in ticket.running:
                 ticket.tier = slowest(ticket.tier, ended.tier)
         if fetch.kind == "kv":
-            # Workers admit it before they load anything in the step that is being planned.
-            self._make_ready(name, fetch)
+            # Workers admit it before they load anything in the step that is being planned. Should
+            # there be no room after all, it is computed instead.
+            del self._running[name]
+            self._segments.stored(ended.key, self._num_ranks)
+            self._segments.promise(ended.key)  # until the workers have admitted it
 
     def _reserve(self, fetch: _Fetch, key: str) -> bool:
         ordinal = fetch.candidates[key]
@@ -165,13 +168,21 @@ class Staging:
             return self._encoder_rows.reserve(key, fetch.num_bytes)
         return self._donors.adopt(fetch.item, ordinal, fetch.num_bytes) is not None
 
-    def _make_ready(self, name: str, fetch: _Fetch) -> None:
+    def _is_over(self, name: str) -> bool:
+        """Whether encoder rows that were found are ready, or lost.
+
+        vLLM ends the engine where promised encoder outputs are not there, so all ranks have to
+        say first that they hold them.
+        """
+        fetch = self._running.get(name)
+        if fetch is None:
+            return True
+        found = fetch.ended is not None and fetch.ended.ranks >= self._num_ranks
+        key = fetch.item.encoder_key
+        if not found or (key in self._encoder_rows and not self._encoder_rows.is_ready(key)):
+            return False
         del self._running[name]
-        assert fetch.ended is not None
-        assert fetch.ended.key is not None
-        index = self._segments if fetch.kind == "kv" else self._encoder_rows
-        index.stored(fetch.ended.key, self._num_ranks)
-        index.promise(fetch.ended.key)  # until the workers have admitted it
+        return True
 
     def tier_of(self, req_id: str) -> str | None:
         """Slowest tier that a request's segments were fetched from; None: none were."""
@@ -184,10 +195,8 @@ class Staging:
 
     def take_plans(self) -> tuple[list[FetchPlan], list[str], list[str]]:
         """Fetches to begin, and names of those to admit and to throw away, since the last call."""
-        for name in self._admitted:
-            # vLLM loads encoder outputs before the KV half's step begins: not in this step yet.
-            if name in self._running:
-                self._make_ready(name, self._running[name])
+        for name in list(self._running):
+            self._is_over(name)  # also of requests that ended
         plans = self._fetches, self._admitted, self._unwanted
         self._fetches, self._admitted, self._unwanted = [], [], []
         return plans

@@ -22,7 +22,7 @@ from ..support import config_of, engine_id, kv_shape, model_fingerprint
 from ..tiers import open_tiers
 from .device import DeviceSegments
 from .pace import Pace
-from .transfers import Transfers
+from .transfers import Admission, Transfers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -101,14 +101,19 @@ class Storage:
         """Fetches that ended, by name; waits for one as long as that, if any is running."""
         return [] if self._transfers is None else self._transfers.take_ended(wait_seconds)
 
-    def settle(self, admitted: Sequence[str], unwanted: Sequence[str]) -> None:
-        """Move fetched segments to host memory, or throw them away."""
-        if self._transfers is not None:
-            for name in admitted:
-                self._transfers.admit(name)
-            for name in unwanted:
-                self._transfers.discard(name)
-            self._transfers.release_written()
+    def settle(self, admitted: Sequence[str], unwanted: Sequence[str]) -> list[Admission]:
+        """Move fetched segments to host memory, or throw them away.
+
+        Returns:
+            What became of those that were admitted.
+        """
+        if self._transfers is None:
+            return []
+        self._transfers.release_written()
+        for name in unwanted:
+            self._transfers.discard(name)
+        admissions = (self._transfers.admit(name) for name in admitted)
+        return [admission for admission in admissions if admission is not None]
 
     def take_events(self) -> Counter[str]:
         """What happened in the tiers below since the last call, by kind."""

@@ -38,6 +38,19 @@ class _Arrival:
     objects: Sequence[memoryview]
 
 
+@dataclass(frozen=True)
+class Admission:
+    """What became of a fetched segment.
+
+    Attributes:
+        is_stored: it is in host memory now; there was no room for it otherwise.
+    """
+
+    key: str
+    kind: Kind
+    is_stored: bool
+
+
 class Transfers:
     """Fetches and writes of one rank.
 
@@ -156,21 +169,28 @@ class Transfers:
             ended, self._ended = self._ended, []
         return ended
 
-    def admit(self, name: str) -> None:
+    def admit(self, name: str) -> Admission | None:
         """Move a fetched segment to host memory, and to the tiers above the one it was in.
 
-        Where there is no room for it, whoever wants to read it will find it missing.
+        Returns:
+            None when there is no such segment.
         """
         with self._changed:
             arrival = self._arrived.pop(name, None)
         if arrival is None:
-            return
-        if not self._store.put_encoded(arrival.key, arrival.kind, arrival.objects):
+            return None
+        try:
+            num_bytes = self._store.put_encoded(arrival.key, arrival.kind, arrival.objects)
+        except Exception:
+            logger.exception("VLCache: fetched segment %s not kept", arrival.key[:16])
+            num_bytes = 0
+        if num_bytes:
+            above = self._tiers[: [tier.name for tier in self._tiers].index(arrival.tier)]
+            if above:
+                self._write(arrival.key, arrival.kind, above)
+        else:
             self._count("admit.no_room")
-            return
-        above = self._tiers[: [tier.name for tier in self._tiers].index(arrival.tier)]
-        if above:
-            self._write(arrival.key, arrival.kind, above)
+        return Admission(arrival.key, arrival.kind, num_bytes > 0)
 
     def discard(self, name: str) -> None:
         """Throw away a fetched segment."""

@@ -103,7 +103,13 @@ class WorkerSide:
             self._storage.remove(key, "kv")
         for key in plan.dropped_encoder:
             self._storage.remove(key, "encoder")
-        self._storage.settle(plan.admitted, plan.unwanted)
+        for admission in self._storage.settle(plan.admitted, plan.unwanted):
+            if admission.kind == "encoder" and admission.is_stored:
+                self._report.encoder_stored[admission.key] = 1
+            elif admission.kind == "encoder":
+                self._report.encoder_lost.add(admission.key)
+            elif not admission.is_stored:
+                self._report.lost.add(admission.key)
         for fetch in plan.fetches:
             self._storage.fetch(fetch)
         for req_id in (*plan.cancelled, *plan.finished):
