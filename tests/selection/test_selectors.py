@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vlcache_connector.calibration import LayerSchedule
@@ -242,6 +242,11 @@ def test_layer_aware_takes_first_tokens_and_never_more_from_layer_to_layer(
 
 @property_test
 @given(drawn=schedules(), n=st.integers(1, 3000), ratio=shares)
+@example(
+    drawn=[LayerSchedule(ratio=0.39433691742919763, layers=[0.5, 0.2886738348583953])],
+    n=1,
+    ratio=0.9999999999999999,
+)
 def test_layer_aware_keeps_to_the_budget_on_average(
     drawn: list[LayerSchedule], n: int, ratio: float
 ) -> None:

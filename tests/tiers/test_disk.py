@@ -20,7 +20,7 @@ from vlcache_connector.tiers import Deadline, DiskTier, Name, TierError
 from vlcache_connector.tiers.disk import FRAME_BYTES, pack_frame, unpack_frame
 
 MIB = 1 << 20
-NOW = Deadline(600)
+NOW = Deadline(86400)  # counted from the import on
 NAME = Name("kv", "a1b2/3", 0, 2)
 OBJECTS = [b"first" * 1000, b"", b"second"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from ..calibration import LayerSchedule
 from .base import Budget, RecomputeSelector, Selection
@@ -34,7 +34,8 @@ class LayerAware(RecomputeSelector):
             return list(high)
         low_ratio, low = self._known[after - 1]
         weight = (ratio - low_ratio) / (high_ratio - low_ratio)
-        return [a + weight * (b - a) for a, b in zip(low, high, strict=True)]
+        mixed = (a + weight * (b - a) for a, b in zip(low, high, strict=True))
+        return list(accumulate(mixed, min))  # rounding may lift one above the one before it
 
 
 def first_k_by_layer(num_tokens: int, shares: Sequence[float], budget: Budget) -> Selection:
