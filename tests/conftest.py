@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 from engine import IMAGE, Engine  # noqa: E402
+from local_redis import LocalRedis, find_server  # noqa: E402
 from make_tiny_model import make_tiny_model  # noqa: E402
 
 MODELS = ROOT / ".cache" / "models"
@@ -27,6 +30,28 @@ def tiny_model() -> Callable[..., Path]:
         return make_tiny_model(MODELS / f"{arch}-tiny", arch=arch)
 
     return make
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[Callable[..., LocalRedis]]:
+    """Starts servers, by their options."""
+    if find_server() is None:
+        pytest.skip("no redis-server")
+    with contextlib.ExitStack() as servers:
+
+        def start(**options: Any) -> LocalRedis:
+            folder = tmp_path / f"redis-{uuid.uuid4().hex[:8]}"
+            folder.mkdir()
+            return servers.enter_context(LocalRedis(folder, **options))
+
+        yield start
+
+
+@pytest.fixture(autouse=True)
+def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None from the environment of whoever runs the tests."""
+    for variable in ("USERNAME", "PASSWORD", "CREDENTIALS_FILE"):
+        monkeypatch.delenv(f"VLCACHE_REDIS_{variable}", raising=False)
 
 
 @pytest.fixture(scope="session")

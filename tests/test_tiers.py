@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine import IMAGE, Answer, Ask, Engine
-from tiers.redis_server import RedisServer, executable
+from local_redis import LocalRedis, find_server
 
 A, B = (171, 224), (172, 336, 224)
 DONOR = Ask(f"see {IMAGE} and {IMAGE}", (A, B))
@@ -18,7 +18,7 @@ MOVED = Ask(f"the same two, moved {IMAGE} and {IMAGE} compare", (B, A), max_toke
 EXACT = {"recompute_ratio": 0.1}
 """Options of all engines here; a node and the one it shares with have to agree."""
 
-needs_redis = pytest.mark.skipif(executable() is None, reason="no redis-server")
+needs_redis = pytest.mark.skipif(find_server() is None, reason="no redis-server")
 
 
 def flush(llm: Any) -> bool:
@@ -59,11 +59,9 @@ def assert_recomputed(answer: Answer, engines: Callable[..., Engine], ask: Ask =
 
 
 @pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
+def redis(tmp_path: Path) -> Iterator[LocalRedis]:
+    with LocalRedis(tmp_path) as server:
+        yield server
 
 
 @pytest.fixture
@@ -125,7 +123,7 @@ def test_disk_survives_a_restart_and_refuses_what_is_damaged(
 
 @needs_redis
 def test_what_one_node_prefilled_the_other_reuses_on_its_first_request(
-    start: Callable[..., Engine], redis: RedisServer
+    start: Callable[..., Engine], redis: LocalRedis
 ) -> None:
     connector = {"redis_url": redis.url, "fetch_deadline_seconds": 20.0}
     node = start(connector, role="kv_producer")
@@ -154,7 +152,7 @@ def test_what_one_node_prefilled_the_other_reuses_on_its_first_request(
 
 
 @needs_redis
-def test_nodes_that_differ_share_nothing(start: Callable[..., Engine], redis: RedisServer) -> None:
+def test_nodes_that_differ_share_nothing(start: Callable[..., Engine], redis: LocalRedis) -> None:
     connector = {"redis_url": redis.url, "fetch_deadline_seconds": 20.0}
     node = start(connector)
     store_images(node)
@@ -186,7 +184,7 @@ def test_nodes_that_differ_share_nothing(start: Callable[..., Engine], redis: Re
 
 @needs_redis
 def test_salts_are_separate_and_unsalted_requests_can_be_left_out(
-    start: Callable[..., Engine], redis: RedisServer
+    start: Callable[..., Engine], redis: LocalRedis
 ) -> None:
     connector = {"redis_url": redis.url, "fetch_deadline_seconds": 20.0, "share_unsalted": False}
     node = start(connector)
@@ -204,7 +202,7 @@ def test_salts_are_separate_and_unsalted_requests_can_be_left_out(
 
 @needs_redis
 def test_a_stopped_redis_costs_a_request_its_deadline_and_nothing_else(
-    start: Callable[..., Engine], engines: Callable[..., Engine], redis: RedisServer
+    start: Callable[..., Engine], engines: Callable[..., Engine], redis: LocalRedis
 ) -> None:
     connector = {"redis_url": redis.url, "fetch_deadline_seconds": 0.5}
     store_images(start(connector))
@@ -217,7 +215,7 @@ def test_a_stopped_redis_costs_a_request_its_deadline_and_nothing_else(
     redis.resume()
     assert_recomputed(answer, engines)
     assert waited < 5.0
-    redis.stop()
+    redis.kill()
     [answer] = node.ask(Ask(f"killed {IMAGE}", ((198, 224),)))
     assert_recomputed(answer, engines, Ask(f"killed {IMAGE}", ((198, 224),)))
 

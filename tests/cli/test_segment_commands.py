@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiers.redis_server import RedisServer, free_port
+from local_redis import LocalRedis, free_port
 
 from vlcache_connector import cli
 from vlcache_connector.cli import console
@@ -100,7 +100,7 @@ class Place:
 def place(
     request: pytest.FixtureRequest,
     tmp_path: Path,
-    redis_server: Callable[..., RedisServer],
+    redis_server: Callable[..., LocalRedis],
 ) -> Iterator[Place]:
     """An empty tier that its server noted a model in."""
     tier: Tier
@@ -482,7 +482,7 @@ def test_a_redis_that_is_not_there(
 
 
 def test_a_redis_that_asks_for_a_password(
-    redis_server: Callable[..., RedisServer],
+    redis_server: Callable[..., LocalRedis],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -501,7 +501,7 @@ def test_a_redis_that_asks_for_a_password(
 
 
 def test_a_redis_that_dies_meanwhile(
-    redis_server: Callable[..., RedisServer],
+    redis_server: Callable[..., LocalRedis],
     encoded: Mapping[str, Objects],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -514,7 +514,7 @@ def test_a_redis_that_dies_meanwhile(
 
     def list_then_stop(tier: RedisTier, deadline: Deadline) -> Any:
         found = list(list_entries(tier, deadline))
-        server.stop()
+        server.kill()
         return iter(found)
 
     monkeypatch.setattr(RedisTier, "entries", list_then_stop)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from local_redis import free_port
 from PIL import Image
-from tiers.redis_server import free_port
 
 from vlcache_connector import cli
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from redis_server import RedisServer
+from local_redis import LocalRedis
 from typing_extensions import Buffer
 
 from vlcache_connector.tiers import (
@@ -307,7 +307,7 @@ def test_reads_and_writes_are_learned_apart(faulty: FaultyTier) -> None:
 
 @pytest.mark.parametrize("kind", ["disk", "redis"])
 def test_over_a_real_tier(
-    tmp_path: Path, redis_server: Callable[..., RedisServer], kind: str
+    tmp_path: Path, redis_server: Callable[..., LocalRedis], kind: str
 ) -> None:
     server = redis_server() if kind == "redis" else None
     tier: Tier = (
@@ -334,7 +334,7 @@ def test_over_a_real_tier(
     assert counters.damaged == 1
     assert counters.bytes_read == len(data) + 1
     if server:
-        server.stop()
+        server.kill()
         for _ in range(4):
             assert guarded.read(NAME, 100, soon()) is None
         assert guarded.breaker.state == "open"

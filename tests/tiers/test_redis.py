@@ -14,8 +14,8 @@ import pytest
 import redis
 from hypothesis import given
 from hypothesis import strategies as st
+from local_redis import LocalRedis
 from proxy import Proxy, make_certificate
-from redis_server import RedisServer
 
 from vlcache_connector.tiers import Deadline, Name, RedisTier, TierError
 from vlcache_connector.tiers.redis import pack_meta, unpack_meta
@@ -24,7 +24,7 @@ MIB = 1 << 20
 NAME = Name("kv", "a1b2/3", 0, 2)
 SLACK = 0.3
 
-StartServer = Callable[..., RedisServer]
+StartServer = Callable[..., LocalRedis]
 MakeTier = Callable[..., RedisTier]
 
 
@@ -75,15 +75,16 @@ def fault_of(call: Callable[[], object]) -> str:
 
 
 def test_a_segment_comes_back_from_another_client(
-    redis_server: StartServer, make_tier: MakeTier, objects: list[bytes]
+    redis_server: StartServer, make_tier: MakeTier, objects: list[bytes], tmp_path: Path
 ) -> None:
-    server = redis_server()
+    socket_path = tmp_path / "redis.sock"
+    server = redis_server(unixsocket=socket_path)
     tier = make_tier(server.url)
     assert tier.sizes([NAME], soon()) == [None]
     assert read(tier) is None
     tier.write(NAME, [memoryview(objects[0]), bytearray(objects[1]), objects[2]], soon())
     size = sum(map(len, objects))
-    for again in (tier, make_tier(server.url), make_tier(f"unix://{server.socket}")):
+    for again in (tier, make_tier(server.url), make_tier(f"unix://{socket_path}")):
         assert again.sizes([Name("kv", "x", 0, 2), NAME], soon()) == [None, size]
         assert read(again) == objects
         (entry,) = again.entries(soon())
@@ -331,7 +332,7 @@ def test_no_secret_is_shown(
                 call()
             except TierError:
                 seen.append(traceback.format_exc())
-    server.stop()
+    server.kill()
     try:
         tier.sizes([NAME], Deadline(2))
     except TierError:
@@ -440,7 +441,7 @@ def test_a_killed_server(redis_server: StartServer, make_tier: MakeTier) -> None
     server = redis_server()
     tier = make_tier(server.url)
     tier.write(NAME, [b"x"], soon())
-    server.stop()
+    server.kill()
     for call in calls(tier, 2):
         started = time.monotonic()
         assert fault_of(call) == "connection"
@@ -551,7 +552,7 @@ def test_sentinel(redis_server: StartServer, make_tier: MakeTier) -> None:
 
 
 @pytest.fixture
-def cluster(redis_server: StartServer) -> list[RedisServer]:
+def cluster(redis_server: StartServer) -> list[LocalRedis]:
     """Two primaries that share the slots."""
     servers = [redis_server(cluster_enabled="yes", cluster_node_timeout=2000) for _ in range(2)]
     for server, slots in zip(servers, (range(8192), range(8192, 16384)), strict=True):
@@ -566,7 +567,7 @@ def cluster(redis_server: StartServer) -> list[RedisServer]:
     return servers
 
 
-def test_cluster(cluster: list[RedisServer], make_tier: MakeTier, objects: list[bytes]) -> None:
+def test_cluster(cluster: list[LocalRedis], make_tier: MakeTier, objects: list[bytes]) -> None:
     url = f"redis+cluster://127.0.0.1:1,127.0.0.1:{cluster[0].port}"
     tier = make_tier(url)
     names = [Name("kv", f"key{number}", 0, 1) for number in range(8)]
@@ -594,7 +595,7 @@ def test_cluster(cluster: list[RedisServer], make_tier: MakeTier, objects: list[
     assert read(tier) == objects
 
 
-def test_a_cluster_whose_slots_move(cluster: list[RedisServer], make_tier: MakeTier) -> None:
+def test_a_cluster_whose_slots_move(cluster: list[LocalRedis], make_tier: MakeTier) -> None:
     tier = make_tier(f"redis+cluster://127.0.0.1:{cluster[0].port}")
     tier.write(NAME, [b"x"], soon())
     tier.remove([NAME], soon())

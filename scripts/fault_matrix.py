@@ -1,0 +1,645 @@
+#!/usr/bin/env python
+"""Strike a Redis in every way at every operation, under load, and see that it costs only time.
+
+A real vLLM with VLCache serves a mixed load: text, new images, known images at new places, several
+images, clients that go away. All known images lie in Redis only. A proxy before the redis-server
+tells what each command is part of, and lets the fault strike at one operation:
+
+- "lookup": whether a segment is there,
+- "prefetch": fetching it into host memory, before it is promised to a request,
+- "store": writing a new one.
+
+The faults: "killed" and "stopped" (the redis-server, at the first such command), "latency" (1 s for
+each round trip), "dropped" (every second round trip loses its connection), "flipped" (one bit of
+each value), "version" (of what is read or written: a valid object of another format version),
+"auth" (refused), and "memory" (the server has none left and evicts, or refuses to write).
+
+A tenth into the load, the fault sets in. Behind the load, memory is emptied, and some of its new
+images are asked for again, while the fault lasts. Then the fault is lifted. What is checked:
+
+- no request crashes the engine or hangs;
+- every answer is that of plain vLLM, or that of the reuse of the images that its figures name,
+  within 1e-3 of each token's logprobs; both come from an engine that has no tiers;
+- at the 95th percentile, the time to the first token is above that of the load without a fault by
+  no more than `fetch_deadline_seconds`, and a little;
+- segments are fetched from Redis again, and nothing leaks.
+
+Cells that were measured are kept in .cache/fault_matrix; the same command continues there after an
+interruption. Results go to PREFIX.json and PREFIX.md; the exit code is 1 when a cell fails.
+
+Usage::
+
+    python scripts/fault_matrix.py --faults stopped latency --operations lookup
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import stress
+import torch
+from local_redis import LocalRedis, RedisError
+from make_tiny_model import make_tiny_model
+from redis_proxy import (
+    OPERATIONS,
+    Command,
+    Cut,
+    Forward,
+    Operation,
+    RedisProxy,
+    pack_value,
+    value_of,
+)
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from stress import IMAGE, Ask, EngineCrashedError, EngineHungError, EngineProcess, Result
+
+from vlcache_connector.store import codec
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = 1
+FAULTS = ("killed", "stopped", "latency", "dropped", "flipped", "version", "auth", "memory")
+NO_FAULT = "none"
+PACKAGES = ("vllm", "torch", "lmcache", "redis", "vlcache-connector")
+DEADLINE_SECONDS = 1.0
+SLACK_SECONDS = 0.25
+"""Beyond the deadline: what was not fetched is computed, in a step with others."""
+LATENCY_SECONDS = 1.0
+RECOVERY_SECONDS = 90.0
+"""A breaker leaves a tier alone for 72 s at most."""
+IN_FLIGHT = 6
+ARMED_AFTER = 0.1
+AGAIN_SHARE = 0.1
+"""Of the load's requests: those for images that are new in it."""
+SIDES_PX = (112, 140, 168, 196)
+CONNECTOR: Mapping[str, Any] = {
+    **stress.AMPLE,
+    "fetch_deadline_seconds": DEADLINE_SECONDS,
+    # Every load is made: the tiny model computes faster than any Redis answers.
+    "break_even": False,
+}
+
+
+class MatrixError(RuntimeError):
+    """What is measured is not what it should be, even without a fault."""
+
+
+# -- the load -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked in each cell.
+
+    Attributes:
+        donors: make images known, before.
+        asks: under load. No image occurs twice, so that all reuse is of these donors.
+        again: after it, with memory emptied: images that were new in `asks`, at other places.
+        probe: asked alone until its image comes from Redis again.
+    """
+
+    donors: tuple[Ask, ...]
+    asks: tuple[Ask, ...]
+    again: tuple[Ask, ...]
+    probe: Ask
+
+
+def make_load(num_requests: int) -> Load:
+    """The same load for the same number of requests."""
+    seeds = iter(range(1, 10**9))
+
+    def image(turn: int) -> tuple[int, int]:
+        return next(seeds), SIDES_PX[turn % len(SIDES_PX)]
+
+    def donor(*images: tuple[int, int]) -> Ask:
+        places = " then ".join([IMAGE] * len(images))
+        text = f"donor {next(seeds)} shows {places} to somebody"
+        return Ask(text, images, max_tokens=1, with_logprobs=False)
+
+    donors: list[Ask] = []
+    asks: list[Ask] = []
+    again: list[Ask] = []
+    for number in range(num_requests):
+        a, b, new = image(number), image(number + 1), image(number + 2)
+        alone, other = donor(a), donor(b)
+        behind = donor(image(number + 3), a)  # the image has another one in front of it
+        start = f"request {number}"
+        ask = (
+            Ask(f"{start} is text " + "and nothing but text " * (1 + number % 9)),
+            Ask(f"{start} has a new {IMAGE} image", (new,)),
+            Ask(f"{start} moves a known {IMAGE} image", (a,), (alone,)),
+            Ask(f"{start} has two known ones {IMAGE} and {IMAGE}", (b, a), (alone, other)),
+            Ask(f"{start} has {IMAGE} before a new {IMAGE}", (a, new), (alone,)),
+            Ask(f"{start} has a new {IMAGE} before {IMAGE}", (new, a), (behind,)),
+            Ask(f"{start} has {IMAGE}, {IMAGE} and {IMAGE}", (a, new, b), (alone, other)),
+            Ask(f"{start} knows {IMAGE} from the second place", (a,), (behind,)),
+            Ask(f"{start} goes away {IMAGE}", (a,), (alone,), abort_after=number // 10 % 5),
+            Ask(f"{start} goes {IMAGE} {IMAGE}", (a, new), (alone,), abort_after=number // 10 % 7),
+        )[number % 10]
+        asks.append(ask)
+        donors += ask.donors
+        if number % 10 == 1 and len(again) < max(1, AGAIN_SHARE * num_requests):
+            text = f"again {number}: {IMAGE} stood elsewhere"
+            again.append(Ask(text, ask.images, (replace(ask, with_logprobs=False),)))
+    a = image(2)
+    probe = Ask(f"is this {IMAGE} there", (a,), (donor(a),))
+    return Load((*donors, *probe.donors), tuple(asks), tuple(again), probe)
+
+
+# -- faults -------------------------------------------------------------------------------------
+
+
+class Strike:
+    """A fault at one operation: what `RedisProxy.fault` takes.
+
+    Attributes:
+        count: commands that it struck.
+    """
+
+    def __init__(self, name: str, operation: Operation, redis: LocalRedis) -> None:
+        self.count = 0
+        self._name = name
+        self._operation = operation
+        self._redis = redis
+        self._rng = np.random.default_rng(0)
+        self._lock = threading.Lock()
+
+    def __call__(self, command: Command, forward: Forward) -> bytes:
+        if command.operation != self._operation:
+            return forward(command.arguments)
+        with self._lock:
+            self.count += 1
+            if self.count == 1:
+                self._strike_server()
+        if self._name == "latency":
+            time.sleep(max(0.0, command.received + LATENCY_SECONDS - time.monotonic()))
+        if self._name == "auth":
+            return forward([b"AUTH", b"nobody", b"wrong"])
+        if self._name in ("flipped", "version"):
+            return self._altered(command, forward)
+        reply = forward(command.arguments)
+        # The commands of a round trip came at one time. Not always the first one is cut.
+        if self._name == "dropped" and int(command.received * 1e6) % 2 and self._draw(2):
+            raise Cut(reply[: len(reply) // 2])
+        return reply
+
+    def _draw(self, below: int) -> int:
+        with self._lock:
+            return int(self._rng.integers(below))
+
+    def _strike_server(self) -> None:
+        if self._name == "killed":
+            self._redis.kill()
+        elif self._name == "stopped":
+            self._redis.pause()
+        elif self._name == "memory":
+            policy = "noeviction" if self._operation == "store" else "allkeys-random"
+            self._redis.client.config_set("maxmemory-policy", policy)
+            self._redis.client.config_set("maxmemory", 1)
+
+    def _altered(self, command: Command, forward: Forward) -> bytes:
+        arguments = list(command.arguments)
+        alter = self._flip if self._name == "flipped" else another_version
+        if self._operation == "store":
+            if command.verb == b"SET":
+                arguments[2] = alter(arguments[2])
+            return forward(arguments)
+        reply = forward(arguments)
+        value = value_of(reply)
+        return pack_value(alter(value)) if value else reply
+
+    def _flip(self, value: bytes) -> bytes:
+        changed = bytearray(value)
+        changed[self._draw(len(value))] ^= 1 << self._draw(8)
+        return bytes(changed)
+
+    def lift(self) -> None:
+        """The server is well again; what it has lost is lost."""
+        self._redis.resume()
+        self._redis.start()
+        self._redis.client.config_set("maxmemory", 0)
+
+
+def another_version(value: bytes) -> bytes:
+    """An object, or a segment's description, as another version of VLCache might have written it.
+
+    The checksum is right.
+    """
+    buffer = torch.frombuffer(bytearray(value), dtype=torch.uint8)
+    try:
+        header = codec.read_header(buffer)
+    except codec.RefusedObject:
+        with contextlib.suppress(ValueError, msgpack.UnpackException):
+            described = msgpack.unpackb(value)
+            if isinstance(described, list):
+                return bytes(msgpack.packb([described[0] + 1, *described[1:]]))
+        return value
+    codec.seal(buffer, replace(header, format_version=header.format_version + 1))
+    return buffer.numpy().tobytes()
+
+
+# -- a cell -------------------------------------------------------------------------------------
+
+
+def recover(
+    llm: Any, tell: stress.Tell, probe: Ask, seconds: float
+) -> tuple[float | None, list[Result]]:
+    """Ask until the image comes from Redis; how long that took, and all answers."""
+    started = time.monotonic()
+    results: list[Result] = []
+    while time.monotonic() - started < seconds:
+        # What is on its way to Redis may still be stuck: nobody waits for it here.
+        stress.forget(llm, tell, seconds=0.0)
+        results += stress.serve(llm, tell, [probe])
+        if results[-1].tier == "redis":
+            return time.monotonic() - started, results
+        time.sleep(0.05)
+    return None, results
+
+
+Cell = dict[str, Any]
+
+
+class Matrix:
+    """Measures cells; a context manager that ends its engine.
+
+    Args:
+        model: directory of the checkpoint.
+        log: file for what the engines print.
+    """
+
+    def __init__(self, model: Path, load: Load, redis: LocalRedis, proxy: RedisProxy, log: Path):
+        self._model = model
+        self._load = load
+        self._redis = redis
+        self._proxy = proxy
+        self._log = log
+        self._engine: EngineProcess | None = None
+        self._allowed: list[list[Result]] = []
+        self._known: dict[bytes, bytes] = {}
+        self._known_probe: dict[bytes, bytes] = {}
+        self._ttft: list[float] = []
+
+    def __enter__(self) -> Matrix:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_engine()
+
+    def prepare(self, advance: stress.Tell) -> None:
+        """Find out what may be answered, and how fast without a fault.
+
+        Raises:
+            MatrixError: something is wrong even then.
+        """
+        load = self._load
+        with EngineProcess(self._model, stress.AMPLE, self._log) as engine:
+            asks = [*load.asks, *load.again, load.probe]
+            self._allowed = engine.call(stress.references, asks, on_progress=advance)
+        for _ in range(2):  # the first time, the engine has not seen the images yet
+            self._ttft = []
+            cell = self.measure(NO_FAULT, None, advance)
+            if cell["problems"]:
+                raise MatrixError("without a fault: " + "; ".join(cell["problems"]))
+
+    def measure(self, name: str, operation: Operation | None, advance: stress.Tell) -> Cell:
+        """One cell: what happened, and what of it is a problem."""
+        load, results = self._load, []
+        strike = None if operation is None else Strike(name, operation, self._redis)
+        cell: Cell = {"fault": name, "operation": operation or "", "crashed": 0, "hung": 0}
+        armed_at = max(1, int(ARMED_AFTER * len(load.asks)))
+
+        def on_progress(done: int | None) -> None:
+            if done is not None:
+                advance(done)
+                if done >= armed_at:
+                    self._proxy.fault = strike
+
+        problems: list[str] = []
+        try:
+            call = self._ready_engine().call
+            before = call(stress.happened)
+            results = call(stress.serve, load.asks, IN_FLIGHT, on_progress=on_progress)
+            call(stress.forget, 5.0)
+            results += call(stress.serve, load.again, IN_FLIGHT)
+            lifted = time.monotonic()
+            self._lift(strike)
+            self._redis.load(self._known_probe, instead=False)
+            lifting = time.monotonic() - lifted
+            seconds, answers = call(recover, load.probe, RECOVERY_SECONDS)
+            cell["recovery_seconds"] = None if seconds is None else lifting + seconds
+            problems += call(stress.violations)
+            after = call(stress.happened)
+            cell["counters"] = {k: v - before.get(k, 0) for k, v in sorted(after.items())}
+            cell["counters"] = {k: v for k, v in cell["counters"].items() if v}
+            if strike is None:
+                problems += self._is_reused(results)
+                self._ttft = self._ttft or ttfts(results)
+            results.append(answers[-1])
+        except EngineCrashedError as error:
+            cell["crashed"] = 1
+            problems.append(f"the engine crashed: {str(error).strip().splitlines()[-1]}")
+        except EngineHungError as error:
+            cell["hung"] = len(load.asks) + len(load.again) - len(results)
+            problems.append(str(error))
+        finally:
+            self._lift(strike)
+        if cell["crashed"] or cell["hung"]:
+            self._close_engine()
+        cell["strikes"] = strike.count if strike else 0
+        cell |= self._judge(cell, results, problems)
+        problems += judge(cell)
+        return cell | {"problems": problems}
+
+    def _judge(self, cell: Cell, results: Sequence[Result], problems: list[str]) -> Cell:
+        """What the answers, as far as there are any, say."""
+        asks = [*self._load.asks, *self._load.again, self._load.probe]
+        different = []
+        for ask, result, allowed in zip(asks, results, self._allowed, strict=False):
+            wrong = stress.deviation(result, allowed) if result.status == "done" else None
+            if wrong:
+                different.append(f"{ask.text!r}: {wrong}")
+        problems += different[:3]
+        free, mine = np.array(self._ttft), np.array(ttfts(results[: len(asks) - 1]))
+        added: dict[str, float | None] = dict.fromkeys(("added_p50", "added_p95", "added_max"))
+        if mine.size and free.size:
+            added["added_p50"], added["added_p95"], added["added_max"] = (
+                float(np.percentile(mine, p) - np.percentile(free, p)) for p in (50, 95, 100)
+            )
+        return {
+            "requests": len(results),
+            "aborted": sum(result.status == "aborted" for result in results),
+            "hung": cell["hung"] + sum(result.status == "hung" for result in results),
+            "reused": sum(result.reused > 0 for result in results),
+            "different": len(different),
+            **added,
+        }
+
+    def _is_reused(self, results: Sequence[Result]) -> list[str]:
+        """Without a fault, everything that is known is fetched."""
+        asks = [*self._load.asks, *self._load.again]
+        return [
+            f"{ask.text!r} reused {result.reused} tokens of {result.tier}, not all from Redis"
+            for ask, result, allowed in zip(asks, results, self._allowed, strict=False)
+            if result.status == "done"
+            and ask.donors
+            and (result.tier != "redis" or result.reused != allowed[-1].reused)
+        ][:3]
+
+    def _lift(self, strike: Strike | None) -> None:
+        self._proxy.fault = None
+        if strike is not None:
+            strike.lift()
+
+    def _ready_engine(self) -> EngineProcess:
+        """The engine, with all its memory empty; a new one stores the donors first."""
+        if self._engine is None:
+            self._redis.load({})
+            connector = {**CONNECTOR, "redis_url": self._proxy.url}
+            self._engine = EngineProcess(self._model, connector, self._log)
+            call = self._engine.call
+            *others, probe = self._load.donors
+            call(stress.serve, [probe])
+            call(stress.forget)
+            self._known_probe = self._redis.dump()
+            call(stress.serve, others)
+            call(stress.forget)
+            self._known = self._redis.dump()
+        self._engine.call(stress.forget)
+        self._redis.load(self._known)
+        self._proxy.forget()
+        return self._engine
+
+    def _close_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
+def ttfts(results: Sequence[Result]) -> list[float]:
+    """Times to the first token of requests whose clients stayed."""
+    return [result.ttft for result in results if result.status == "done"]
+
+
+def judge(cell: Cell) -> list[str]:
+    """What is wrong with a cell's figures."""
+    problems = [
+        f"{cell[key]} {text}"
+        for key, text in (("hung", "requests hung"), ("different", "answers differ"))
+        if cell[key]
+    ]
+    if cell["added_p95"] is not None and cell["added_p95"] > DEADLINE_SECONDS + SLACK_SECONDS:
+        problems.append(f"{cell['added_p95']:.2f} s were added at p95")
+    if cell["fault"] != NO_FAULT and not cell["strikes"]:
+        problems.append("the fault never struck")
+    if not cell["crashed"] and not cell["hung"] and cell["recovery_seconds"] is None:
+        problems.append(f"nothing came from Redis for {RECOVERY_SECONDS:.0f} s after the fault")
+    return problems
+
+
+# -- results ------------------------------------------------------------------------------------
+
+HEADS = (
+    *("Fault", "At", "Requests", "Aborted", "Crashed", "Hung", "Differ", "Reused"),
+    *("TTFT +p50", "+p95", "+max", "In time", "Recovery", "Probes", "Struck", "Counters"),
+)
+
+
+def row_of(cell: Cell) -> list[str]:
+    """A line of the table."""
+    counters = cell.get("counters", {})
+    p95 = cell["added_p95"]
+    faults = [
+        f"{key.removeprefix('redis.')} {count}"
+        for key, count in counters.items()
+        if not key.startswith("breaker") and not key.endswith((".calls", ".bytes"))
+    ]
+    in_time = p95 is not None and p95 <= DEADLINE_SECONDS + SLACK_SECONDS
+    recovery = cell.get("recovery_seconds")
+    return [
+        *(cell["fault"], cell["operation"]),
+        *(str(cell[k]) for k in ("requests", "aborted", "crashed", "hung", "different", "reused")),
+        *(_seconds(cell[f"added_{at}"], "+.2f") for at in ("p50", "p95", "max")),
+        "yes" if in_time else "**no**",
+        _seconds(recovery, ".1f") if recovery is not None else "**never**",
+        str(counters.get("breaker half_open", 0)),
+        str(cell["strikes"]),
+        ", ".join(faults),
+    ]
+
+
+def _seconds(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}} s"
+
+
+def make_markdown(document: Mapping[str, Any]) -> str:
+    """The document as text."""
+    cells = document["cells"]
+    failed = [cell for cell in cells if cell["problems"]]
+    done = len(cells) - len(failed)
+    lines = [
+        "# Redis faults under load",
+        "",
+        f"**{done} of {len(cells)} cells passed.** {document['requests']} requests in each, "
+        f"{IN_FLIGHT} at a time; `fetch_deadline_seconds` {DEADLINE_SECONDS:g}; "
+        f"{document['machine']['cores']} cores, {document['seconds'] / 60:.0f} minutes in all.",
+        "",
+        f"- Command: `{document['command']}`",
+        "- TTFT: percentiles of the time to the first token, minus those of the same load without "
+        f"a fault; in time: the 95th is within the deadline and {SLACK_SECONDS:g} s.",
+        "- Reused: requests that reused something, although the fault lasted.",
+        "- Recovery: from lifting the fault until a segment is fetched from Redis. Probes: calls "
+        "that the breaker made to see whether it may close. Struck: commands.",
+        "",
+        f"| {' | '.join(HEADS)} |",
+        "| --- | --- " + "| ---: " * (len(HEADS) - 3) + "| --- |",
+        *(f"| {' | '.join(row_of(cell))} |" for cell in cells),
+    ]
+    for cell in failed:
+        lines += ["", f"**{cell['fault']}, {cell['operation']}:**", ""]
+        lines += [f"- {problem}" for problem in cell["problems"]]
+    return "\n".join([*lines, ""])
+
+
+def print_table(cells: Sequence[Cell], console: Console) -> None:
+    """The table, one line per cell, and what went wrong."""
+    table = Table(box=None, pad_edge=False)
+    for head in HEADS:
+        table.add_column(head, justify="left" if head in ("Fault", "At", "Counters") else "right")
+    for cell in cells:
+        table.add_row(*row_of(cell), style="red" if cell["problems"] else None)
+    console.print(table)
+    for cell in cells:
+        for problem in cell["problems"]:
+            text = f"{cell['fault']}, {cell['operation']}: {problem}"
+            console.print(text, style="red", markup=False)
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+class Kept:
+    """Cells of a run that was interrupted, one JSON document per line behind the settings."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        self.cells: list[Cell] = whole[1:] if whole[:1] == [dict(settings)] else []
+        records = [dict(settings), *self.cells]
+        path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+
+    def add(self, cell: Cell) -> None:
+        """Keep a cell."""
+        self.cells.append(cell)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(cell) + "\n")
+
+    def drop(self) -> None:
+        """The run is complete."""
+        self._path.unlink()
+
+
+def run(args: argparse.Namespace, show: Console) -> dict[str, Any]:
+    """Measure the cells that are missing."""
+    started = time.monotonic()
+    load = make_load(args.requests)
+    packages = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
+    settings = {"schema": SCHEMA, "requests": args.requests, "versions": packages}
+    kept = Kept(args.cache_dir / "fault_matrix" / f"{args.output.name}.cells.jsonl", settings)
+    over = {(cell["fault"], cell["operation"]) for cell in kept.cells}
+    wanted = [(NO_FAULT, ""), *itertools.product(args.faults, args.operations)]
+    log = args.cache_dir / "logs" / f"{args.output.name}.log"
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        redis = stack.enter_context(LocalRedis(Path(folder)))
+        proxy = stack.enter_context(RedisProxy(redis.port))
+        model = make_tiny_model(args.cache_dir / "models" / "qwen2_5_vl-tiny")
+        matrix = stack.enter_context(Matrix(model, load, redis, proxy, log))
+        show_bar = Progress(*columns, TimeElapsedColumn(), console=show, transient=True)
+        progress = stack.enter_context(show_bar)
+        cells = progress.add_task("cells", total=len(wanted))
+        bar = progress.add_task("what may be answered", total=len(load.asks))
+
+        def advance(done: int) -> None:
+            progress.update(bar, completed=done)
+
+        left = [cell for cell in wanted if cell not in over]
+        progress.update(cells, completed=len(wanted) - len(left))
+        if left:
+            matrix.prepare(advance)
+        for name, operation in left:
+            progress.update(bar, description=f"{name}, {operation}", completed=0)
+            kept.add(matrix.measure(name, operation or None, advance))
+            progress.advance(cells)
+    kept.drop()
+    return {
+        "schema": SCHEMA,
+        "command": shlex.join(["python", *sys.argv]).replace(f"{ROOT}/", ""),
+        "machine": {"cpu": platform.machine(), "cores": len(os.sched_getaffinity(0))},
+        "versions": packages,
+        "requests": len(load.asks) + len(load.again) + 1,
+        "seconds": time.monotonic() - started,
+        "cells": sorted(kept.cells, key=lambda c: wanted.index((c["fault"], c["operation"]))),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    args = _parse(argv)
+    show = Console(stderr=True)
+    try:
+        document = run(args, show)
+    except KeyboardInterrupt:
+        show.print("interrupted; the same command continues", style="red")
+        return 130
+    except (MatrixError, RedisError, stress.StressError, EngineCrashedError, OSError) as error:
+        show.print(f"error: {error}", style="red", markup=False)
+        return 1
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    path = args.output.with_name(args.output.name + ".json")
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(make_markdown(document), encoding="utf-8")
+    print_table(document["cells"], Console(width=max(show.width, 200)))
+    return 1 if any(cell["problems"] for cell in document["cells"]) else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
+    add("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    add("--requests", type=int, default=200, metavar="N", help="of the load (%(default)s)")
+    default = ROOT / "configs" / "results" / "fault_matrix"
+    add("--output", type=Path, default=default, metavar="PREFIX", help="(%(default)s)")
+    add("--cache-dir", type=Path, default=ROOT / ".cache", metavar="DIR", help="models and logs")
+    args = parser.parse_args(argv)
+    args.faults = list(dict.fromkeys(args.faults))
+    args.operations = list(dict.fromkeys(args.operations))
+    if args.requests < 10:
+        parser.error("--requests: at least 10, one of each kind")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
