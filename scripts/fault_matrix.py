@@ -217,7 +217,9 @@ class Strike:
 
     def _altered(self, command: Command, forward: Forward) -> bytes:
         arguments = list(command.arguments)
-        alter = self._flip if self._name == "flipped" else another_version
+        alter = self._flip
+        if self._name == "version":
+            alter = another_list if self._operation == "lookup" else another_version
         if self._operation == "store":
             if command.verb == b"SET":
                 arguments[2] = alter(arguments[2])
@@ -238,19 +240,22 @@ class Strike:
         self._redis.client.config_set("maxmemory", 0)
 
 
-def another_version(value: bytes) -> bytes:
-    """An object, or a segment's description, as another version of VLCache might have written it.
+def another_list(description: bytes) -> bytes:
+    """The list that describes a segment, as another version of VLCache might have written it."""
+    version, *rest = msgpack.unpackb(description)
+    packed: bytes = msgpack.packb([version + 1, *rest])
+    return packed
 
-    The checksum is right.
+
+def another_version(value: bytes) -> bytes:
+    """A segment's object as another version of VLCache might have written it, its checksum right.
+
+    A segment's description stays as it is: it would hide the rest.
     """
     buffer = torch.frombuffer(bytearray(value), dtype=torch.uint8)
     try:
         header = codec.read_header(buffer)
     except codec.RefusedObject:
-        with contextlib.suppress(ValueError, msgpack.UnpackException):
-            described = msgpack.unpackb(value)
-            if isinstance(described, list):
-                return bytes(msgpack.packb([described[0] + 1, *described[1:]]))
         return value
     codec.seal(buffer, replace(header, format_version=header.format_version + 1))
     return buffer.numpy().tobytes()
