@@ -143,10 +143,8 @@ def test_what_one_node_prefilled_the_other_reuses_on_its_first_request(
     consumer = start(connector, role="kv_consumer")
     [same] = consumer.ask(MOVED)
     assert_reused(same, answer, "redis")
-    new = Ask(f"new {IMAGE}", ((199, 224),))
-    consumer.ask(new)
-    assert consumer.call(flush)
     before = redis.client.dbsize()
+    consumer.ask(Ask(f"new {IMAGE}", ((199, 224),)))
     assert consumer.call(flush)
     assert redis.client.dbsize() == before  # a consumer stores nothing
 

@@ -28,6 +28,7 @@ from .scheduler.scheduler import SchedulerSide
 from .support import (
     check_supported,
     config_of,
+    encoder_role,
     inert_reason,
     kv_shape,
     model_fingerprint,
@@ -101,7 +102,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._vllm_config.ec_transfer_config = ECTransferConfig(
             ec_connector="VLCacheEncoderConnector",
             ec_connector_module_path="vlcache_connector.encoder_connector",
-            ec_role="ec_both",
+            ec_role=encoder_role(self._kv_transfer_config),
             engine_id=self._kv_transfer_config.engine_id,
         )
 

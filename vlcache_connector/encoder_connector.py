@@ -47,6 +47,7 @@ class VLCacheEncoderConnector(ECConnectorBase):
                 row_bytes=indices.encoder_row_bytes(vllm_config),
                 index=encoder_rows,
                 num_ranks=vllm_config.parallel_config.tensor_parallel_size,
+                can_store=self.is_producer,
             )
         else:
             self._worker = EncoderWorkerSide(

@@ -369,6 +369,18 @@ def test_a_full_disk(small_disk: Path) -> None:
     assert len(files_below(small_disk)) == 1
 
 
+def test_a_full_disk_evicts_what_was_used_longest_ago(small_disk: Path) -> None:
+    tier = disk(small_disk)
+    for number in range(8):
+        tier.write(named(number), [bytes(200 << 10)], NOW)
+    kept = [number for number in range(8) if tier.sizes([named(number)], NOW) != [None]]
+    assert kept == [4, 5, 6, 7]
+    (small_disk / "of others").write_bytes(bytes(150 << 10))
+    tier.write(named(8), [bytes(200 << 10)], NOW)
+    kept = [number for number in range(9) if tier.sizes([named(number)], NOW) != [None]]
+    assert kept == [5, 6, 7, 8]
+
+
 def test_a_passed_deadline_leaves_nothing(tmp_path: Path) -> None:
     tier = disk(tmp_path)
     tier.write(named(1), OBJECTS, NOW)

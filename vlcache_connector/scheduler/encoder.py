@@ -26,15 +26,23 @@ class EncoderSchedulerSide:
         row_bytes: bytes of one encoder output row.
         index: of the stored encoder rows, shared with the KV half.
         num_ranks: tensor-parallel ranks.
+        can_store: whether new rows may be stored.
     """
 
     def __init__(
-        self, *, fingerprint: str, row_bytes: int, index: ResidencyIndex, num_ranks: int
+        self,
+        *,
+        fingerprint: str,
+        row_bytes: int,
+        index: ResidencyIndex,
+        num_ranks: int,
+        can_store: bool,
     ) -> None:
         self._fingerprint = fingerprint
         self._row_bytes = row_bytes
         self._index = index
         self._num_ranks = num_ranks
+        self._can_store = can_store
         self._requests: dict[str, Request] = {}
         self._loads: dict[str, str] = {}
 
@@ -67,7 +75,8 @@ class EncoderSchedulerSide:
                 key = self._key(feature.identifier)
                 num_bytes = feature.mm_position.get_num_embeds() * self._row_bytes
                 self._loads.pop(feature.identifier, None)
-                if is_content_hash(feature.identifier) and self._index.reserve(key, num_bytes):
+                is_kept = self._can_store and is_content_hash(feature.identifier)
+                if is_kept and self._index.reserve(key, num_bytes):
                     saves[feature.identifier] = key
         plan = EncoderStepPlan(loads=self._loads, saves=saves, dropped=self._index.take_evicted())
         self._loads, self._requests = {}, {}

@@ -21,6 +21,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import struct
 import threading
 import time
@@ -48,6 +49,7 @@ _MAX_OBJECTS = 512
 _PIECE_BYTES = 8 << 20  # between two looks at the deadline
 _STALE_SECONDS = 600.0  # a temporary file this old has no writer
 _SCAN_SECONDS = 10.0
+_RESERVE_SHARE = 0.01  # of the file system, which others use, too
 _FILE_NAME = re.compile(r"(?P<key>.+)\.r(?P<rank>\d+)of(?P<num_ranks>\d+)")
 _KINDS: tuple[Kind, ...] = ("kv", "encoder")
 
@@ -92,6 +94,7 @@ def unpack_frame(frame: bytes, file_bytes: int) -> list[int]:
 class DiskTier(Tier):
     """Keeps segments below `<path>/<deployment>`, those used last within a budget.
 
+    Where the file system has less room than the budget, those used last within that room.
     Processes may share the directory, each with its own budget: one process sees at the latest
     after 10 seconds, or a twentieth of its budget written, what another one adds. A file system
     that hangs is beyond any deadline.
@@ -120,12 +123,14 @@ class DiskTier(Tier):
             Path(path).mkdir(exist_ok=True)
             self._root.mkdir(mode=0o700, exist_ok=True)  # segments show what users sent
             probe = self._root / f"probe.{secrets.token_hex(8)}.tmp"
-            probe.touch(exist_ok=False)
-            probe.unlink()
+            try:
+                probe.write_bytes(bytes(FRAME_BYTES))
+            finally:
+                probe.unlink(missing_ok=True)
         except OSError as error:
             raise ValueError(
                 f"disk_path={str(path)!r}: {error.strerror}; name a directory that this process "
-                "can write to, or leave the disk tier out"
+                "can write to, with room in it, or leave the disk tier out"
             ) from error
         self._budget = budget_bytes
         self._ttl = ttl_seconds
@@ -273,11 +278,14 @@ class DiskTier(Tier):
                 or self._written_since_scan > self._budget // 20
             ):
                 self._rebuild_index(deadline)
+            # What does not fit even then should evict nothing.
+            if self._bytes_left(num_bytes) + self._index_bytes < 0:
+                raise TierError("full", f"{num_bytes} bytes; others take the room")
             refreshed: set[Path] = set()
-            while self._index_bytes + sum(self._writing.values()) + num_bytes > self._budget:
+            while self._bytes_left(num_bytes) < 0:
                 deadline.check()
                 if not self._index:
-                    raise TierError("full", "the budget is taken by writes that are going on")
+                    raise TierError("full", "the room is taken by writes that are going on")
                 path, (size, used_at) = next(iter(self._index.items()))
                 with suppress(FileNotFoundError):
                     now_used_at = path.stat().st_atime_ns
@@ -289,6 +297,13 @@ class DiskTier(Tier):
                     path.unlink()
                 self._forget(path)
             self._writing[temporary] = num_bytes
+
+    def _bytes_left(self, num_bytes: int) -> int:
+        """Of the budget or of the file system, behind a write; below zero if it does not fit."""
+        used = self._index_bytes + sum(self._writing.values())
+        system = shutil.disk_usage(self._root)
+        free = system.free - int(_RESERVE_SHARE * system.total)
+        return min(self._budget - used, free) - num_bytes
 
     def _forget(self, path: Path) -> None:
         size, _ = self._index.pop(path, (0, 0))

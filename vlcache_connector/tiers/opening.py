@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from ..config import ConfigError, VLCacheConfig
-from .base import Deadline, Tier
+from .base import Deadline, Tier, TierError
 from .breaker import CircuitBreaker
 from .disk import DiskTier
 from .guarded import GuardedTier, TransferTime
 from .redis import RedisTier
 
-_RECORD_SECONDS = 1.0
+_START_SECONDS = 5.0
 
 
 def open_tiers(config: VLCacheConfig, fingerprint: str, model_name: str) -> list[GuardedTier]:
@@ -19,8 +19,7 @@ def open_tiers(config: VLCacheConfig, fingerprint: str, model_name: str) -> list
         fingerprint: of the model, which is noted in the tiers together with its name.
 
     Raises:
-        ConfigError: a setting is malformed, or the disk can't be written to. A Redis that does
-            not answer is no error: it may come back.
+        ConfigError: a setting is malformed, the disk can't be written to, or Redis does not answer.
     """
     tiers: list[tuple[Tier, int | None]] = []
     try:
@@ -40,6 +39,15 @@ def open_tiers(config: VLCacheConfig, fingerprint: str, model_name: str) -> list
     except ValueError as error:
         message = str(error).replace("tls_ca_file=", "redis_tls_ca_file=")
         raise ConfigError(f"kv_connector_extra_config: {message}") from None
+    for tier, _ in tiers:
+        try:
+            tier.models(Deadline(_START_SECONDS))
+        except TierError as error:
+            key = "disk_path" if tier.name == "disk" else "redis_url"
+            raise ConfigError(
+                f"kv_connector_extra_config: {key}={getattr(config, key)!r} can't be used: {error} "
+                f"({error.fault}); see to it that it can, or leave {key} out"
+            ) from None
     opened = []
     for tier, speed in tiers:
         latency = None if speed is None else 0.0
@@ -50,5 +58,5 @@ def open_tiers(config: VLCacheConfig, fingerprint: str, model_name: str) -> list
                 read_time=TransferTime(latency, speed),
             )
         )
-        opened[-1].record_model(fingerprint, model_name, Deadline(_RECORD_SECONDS))
+        opened[-1].record_model(fingerprint, model_name, Deadline(_START_SECONDS))
     return opened

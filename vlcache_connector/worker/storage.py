@@ -21,6 +21,7 @@ from ..store import Kind, LMCacheSegmentStore, Segment, SegmentStore
 from ..support import config_of, engine_id, kv_shape, model_fingerprint
 from ..tiers import open_tiers
 from .device import DeviceSegments
+from .memory import check_memory
 from .pace import Pace
 from .transfers import Admission, Transfers
 
@@ -174,12 +175,14 @@ def _make(vllm_config: VllmConfig) -> _Opened:
     budget = config.cpu_bytes // num_ranks + config.encoder_cpu_bytes
     if tiers:  # what is being written keeps its memory after it was evicted
         budget += config.write_queue_bytes
+    budget = int(budget * _SLACK) + (8 << 20)
+    check_memory(config, budget, device)
     host = LMCacheSegmentStore(
         model_name=model,
         fingerprint=fingerprint,
         rank=rank,
         world_size=num_ranks,
-        budget_bytes=int(budget * _SLACK) + (8 << 20),
+        budget_bytes=budget,
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,

@@ -1,0 +1,54 @@
+"""Whether the memory that a configuration asks for is there.
+
+vLLM seam: the limits of the process's control group (`vllm/utils/cpu_resource_utils.py`).
+"""
+
+from __future__ import annotations
+
+import psutil
+import torch
+from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
+
+from ..config import ConfigError, VLCacheConfig
+
+
+def check_memory(config: VLCacheConfig, host_bytes: int, device: torch.device) -> None:
+    """See that memory has room for a rank's segments, before any of it is taken.
+
+    Args:
+        host_bytes: host memory that this rank takes at once.
+        device: where `device_bytes` are taken, later.
+
+    Raises:
+        ConfigError: there is not as much, or it is in use.
+    """
+    device_bytes, on_host = config.device_bytes, device.type == "cpu"
+    host_free = available_host_memory()
+    if host_bytes + on_host * device_bytes > host_free:
+        raise ConfigError(
+            f"kv_connector_extra_config: cpu_bytes={config.cpu_bytes}, "
+            f"encoder_cpu_bytes={config.encoder_cpu_bytes}, "
+            f"write_queue_bytes={config.write_queue_bytes} and device_bytes={device_bytes} take "
+            f"{_gib(host_bytes + on_host * device_bytes)} of host memory; {_gib(host_free)} are "
+            "available. Lower them"
+        )
+    if device.type == "cuda" and device_bytes:
+        free, _ = torch.cuda.mem_get_info(device)
+        if device_bytes > free:
+            raise ConfigError(
+                f"kv_connector_extra_config: device_bytes={device_bytes}: vLLM left {_gib(free)} "
+                "of device memory. Lower it, or --gpu-memory-utilization"
+            )
+
+
+def available_host_memory() -> int:
+    """Bytes of host memory that nobody uses, within the control group's limit if there is one."""
+    free = int(psutil.virtual_memory().available)
+    limit = get_cgroup_memory_limit()
+    if limit is None:
+        return free
+    return min(free, max(0, limit - (get_cgroup_memory_usage() or 0)))
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
