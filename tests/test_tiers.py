@@ -69,20 +69,25 @@ def start(tiny_model: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
     """Engines that end with the test."""
     alive: list[Engine] = []
 
-    def make(connector: dict[str, Any], role: str | None = None, **arguments: Any) -> Engine:
-        if role is not None:
-            arguments["kv_transfer_config"] = {
-                "kv_connector": "VLCacheConnector",
-                "kv_role": role,
-                "kv_connector_extra_config": {
-                    "cpu_bytes": "128MiB",
-                    "encoder_cpu_bytes": "64MiB",
-                    "min_recompute_tokens": 0,
-                    **EXACT,
-                    **connector,
-                },
-            }
-        alive.append(Engine(tiny_model(), EXACT | connector, **arguments))
+    def make(
+        connector: dict[str, Any],
+        role: str = "kv_both",
+        policy: str = "recompute",
+        **arguments: Any,
+    ) -> Engine:
+        transfer = {
+            "kv_connector": "VLCacheConnector",
+            "kv_role": role,
+            "kv_load_failure_policy": policy,
+            "kv_connector_extra_config": {
+                "cpu_bytes": "128MiB",
+                "encoder_cpu_bytes": "64MiB",
+                "min_recompute_tokens": 0,
+                **EXACT,
+                **connector,
+            },
+        }
+        alive.append(Engine(tiny_model(), None, kv_transfer_config=transfer, **arguments))
         return alive[-1]
 
     yield make
@@ -198,14 +203,38 @@ def test_salts_are_separate_and_unsalted_requests_can_be_left_out(
     assert reused("ann") > 0
 
 
+def lose_fetched(llm: Any) -> None:
+    """Host memory loses each KV segment as soon as it was fetched and promised."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    storage = get_kv_transfer_group()._worker._storage
+    original = storage.get
+
+    def get(key: str, kind: Any) -> Any:
+        if kind == "kv":
+            storage.remove(key, kind)
+        return original(key, kind)
+
+    storage.get = get
+
+
 @needs_redis
-def test_a_stopped_redis_costs_a_request_its_deadline_and_nothing_else(
-    start: Callable[..., Engine], engines: Callable[..., Engine], redis: LocalRedis
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+def test_no_fault_of_redis_fails_a_request(
+    start: Callable[..., Engine],
+    engines: Callable[..., Engine],
+    redis: LocalRedis,
+    policy: str,
 ) -> None:
     connector = {"redis_url": redis.url, "fetch_deadline_seconds": 0.5}
     store_images(start(connector))
-    node = start(connector)
+    node = start(connector, policy=policy)
     node.ask(Ask("warm up"))
+    node.call(lose_fetched)
+    lost = Ask(f"lost {MOVED.text}", MOVED.images, max_tokens=4)
+    [answer] = node.ask(lost)
+    assert node.call(events)["redis.read.calls"] >= 2
+    assert_recomputed(answer, engines, lost)
     redis.pause()
     started = time.monotonic()
     [answer] = node.ask(MOVED)
