@@ -195,6 +195,15 @@ def test_slow_calls_open_the_breaker(faulty: FaultyTier) -> None:
     assert guarded.breaker.state == "open"
 
 
+def test_slow_writes_do_not_open_it(faulty: FaultyTier) -> None:
+    guarded = guard(faulty, slow_seconds=0.01, window=3)
+    faulty.seconds = 0.02
+    for _ in range(6):
+        assert guarded.write(NAME, [b"x"], soon())
+    assert guarded.read(NAME, 100, soon()) is not None
+    assert guarded.breaker.state == "closed"
+
+
 def test_a_caller_that_comes_too_late_says_nothing_about_the_tier(faulty: FaultyTier) -> None:
     guarded = guard(faulty)
     for _ in range(10):

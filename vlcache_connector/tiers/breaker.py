@@ -98,19 +98,19 @@ class CircuitBreaker:
             self._log(line)
         return permit
 
-    def record(self, permit: int, seconds: float, failure: str | None = None) -> None:
+    def record(self, permit: int, seconds: float | None, failure: str | None = None) -> None:
         """Report a call.
 
         Args:
             permit: what `acquire` returned.
-            seconds: how long it took.
+            seconds: how long it took; None: nobody waited for it, so that it can't be slow.
             failure: what went wrong, for the log; None: nothing.
         """
         line = None
         with self._lock:
             if permit != self._epoch:
                 return
-            slow = seconds > self._slow_seconds
+            slow = seconds is not None and seconds > self._slow_seconds
             if self._state == "half_open":
                 if failure is None and not slow:
                     self._backoff = self._min_backoff
@@ -120,7 +120,8 @@ class CircuitBreaker:
                     line = self._change("open", "probe failed", failure or "slow")
             else:
                 self._failed_in_row = self._failed_in_row + 1 if failure is not None else 0
-                self._slow.append(slow)
+                if seconds is not None:
+                    self._slow.append(slow)
                 share = sum(self._slow) / self._window
                 if self._failed_in_row >= self._failures:
                     line = self._change("open", f"{self._failures} failures in a row", failure)

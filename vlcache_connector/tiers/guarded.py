@@ -248,7 +248,9 @@ class GuardedTier:
             return None
         finally:
             seconds = time.monotonic() - started
-            self._breaker.record(permit, seconds, failure)
+            # Requests wait for lookups and reads only.
+            awaited = seconds if operation in ("sizes", "read") else None
+            self._breaker.record(permit, awaited, failure)
             with self._lock:
                 self._counters.calls[operation] += 1
         return result, seconds
