@@ -307,11 +307,11 @@ def test_reads_and_writes_are_learned_apart(faulty: FaultyTier) -> None:
     guarded.read(NAME, 100, soon())
     faulty.error = TierError("timeout", "x")
     guarded.write(NAME, [b"x"], soon())
-    assert guarded.estimate_read_seconds(7) == pytest.approx(0.05, rel=0.5)
+    assert 0.05 <= (guarded.estimate_read_seconds(7) or 0.0) < 1.0
     assert guarded.estimate_write_seconds(7) is None
     faulty.error = None
     guarded.write(NAME, [b"1234567"], soon())
-    assert guarded.estimate_write_seconds(7) == pytest.approx(0.05, rel=0.5)
+    assert 0.05 <= (guarded.estimate_write_seconds(7) or 0.0) < 1.0
 
 
 @pytest.mark.parametrize("kind", ["disk", "redis"])
