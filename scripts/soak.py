@@ -8,7 +8,8 @@ vLLM preempts requests; host memory, disk and Redis are so small that each evict
 After every 100 requests, when nothing runs: the accounts of the indices add up and so do those of
 the store, down to each byte; neither blocks of vLLM's KV cache nor anything else is still held.
 At the end: memory does not grow (a line through the engine's RSS behind the first fifth of the
-requests), nor do open files and threads. Every so often, a request's known images have donors of
+requests, each time after malloc gave back what it keeps of freed memory), nor do open files and
+threads. Every so often, a request's known images have donors of
 their own; it answers as plain vLLM does, or as an engine that has ample memory, no tiers and
 nothing else to do reuses the same images.
 
@@ -217,13 +218,13 @@ def rows_of(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table."""
     checks, statuses, slope = document["checks"], document["statuses"], document["slope"]
     counters, witnesses = document.get("counters", {}), document["witnesses"]
-    last = checks[-1] if checks else {"rss_mib": 0, "files": 0, "threads": 0}
+    last = checks[-1] if checks else {"rss_mib": 0.0, "files": 0, "threads": 0}
     tiers = [f"{name} {n}" for name, n in witnesses.items() if name.startswith("from")]
     rows = [
         ("requests", ", ".join(f"{count} {status}" for status, count in statuses.items())),
         ("preemptions", str(document.get("preemptions", ""))),
         ("checks", f"{len(checks)}, {len(document['problems'])} problems"),
-        ("RSS at the end", f"{last['rss_mib']:.0f} MiB"),
+        ("RSS at the end", f"{last['rss_mib']:.0f} MiB in use"),
         (
             f"RSS behind the first {WARM_UP:.0%}",
             "not enough requests"
@@ -268,9 +269,11 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    x, y = zip(*[(c["requests"], c["rss_mib"]) for c in document["checks"]], strict=True)
+    checks = document["checks"]
+    x, y = ([check[what] for check in checks] for what in ("requests", "rss_kept_mib"))
     figure, axes = plt.subplots(figsize=(7, 3.5))
-    axes.plot(x, y, lw=1)
+    axes.plot(x, y, lw=1, color="lightgrey", label="with what malloc keeps of freed memory")
+    axes.plot(x, [check["rss_mib"] for check in checks], lw=1, label="in use")
     axes.axvline(WARM_UP * x[-1], color="grey", ls="--", lw=1, label="warm-up")
     axes.set(xlabel="requests", ylabel="RSS, MiB", ylim=(0, 1.1 * max(y)))
     axes.grid(alpha=0.3)

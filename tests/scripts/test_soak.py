@@ -27,6 +27,7 @@ def checks(count: int, mib_per_check: float = 0.0, **more: int) -> list[dict[str
         {
             "requests": 100 * (n + 1),
             "rss_mib": 900 + mib_per_check * n + noise[n],
+            "rss_kept_mib": 1000 + noise[n],
             **{"files": 20, "threads": 9 + n * more.get("threads", 0)},
         }
         for n in range(count)
