@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from ..attention.hook import write_kv
+from ..kernels.paged import turns_of
 from ..rope import RotarySpec, delta_angles, rotate
 from ..store.base import Segment
 
@@ -47,12 +49,23 @@ class PlacedSegment:
     slots: torch.Tensor
     angles: torch.Tensor | None
 
+    @cached_property
+    def turns(self) -> torch.Tensor | None:
+        """Cosines and sines of `angles`: float32 [1 or n, 2, rotary_dim // 2]."""
+        return None if self.angles is None else turns_of(self.angles)
+
+    def staged(self, layer: int, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """The donor's K and V of `rows` on the device, each [len(rows), kv_heads, head_dim]."""
+        device = self.slots.device
+        key, value = self.segment.layer(layer)
+        return (
+            key[rows].to(device, non_blocking=True),
+            value[rows].to(device, non_blocking=True),
+        )
+
     def kv(self, layer: int, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """K at its new position and V of `rows`, each [len(rows), kv_heads, head_dim]."""
-        device = self.slots.device
-        key, value = (
-            side[rows].to(device, non_blocking=True) for side in self.segment.layer(layer)
-        )
+        key, value = self.staged(layer, rows)
         if self.angles is not None:
             angles = self.angles if len(self.angles) == 1 else self.angles[rows]
             key = rotate(self.spec, key, angles)
@@ -67,15 +80,51 @@ class ReusedRows:
     rows: Rows
     layers: range
 
+    @cached_property
+    def window(self) -> tuple[slice, torch.Tensor]:
+        """The stretch from the first of the rows to the last, and its slots: int64, negative for
+        tokens that are not among the rows.
+
+        Scattered rows are picked on the device, not one by one from host memory.
+        """
+        if isinstance(self.rows, slice):
+            return self.rows, self.placed.slots[self.rows]
+        if not len(self.rows):
+            return slice(0, 0), self.placed.slots[:0]
+        start, end = int(self.rows.min()), int(self.rows.max()) + 1
+        slots = torch.full_like(self.placed.slots[start:end], -1)
+        rows = self.rows.to(slots.device)
+        slots[rows - start] = self.placed.slots[rows]
+        return slice(start, end), slots
+
+
+WriteRows = Callable[[int, Any, ReusedRows], None]
+"""Takes a decoder layer's index and vLLM's attention layer, and writes rows to its cache."""
+
+
+def write_by_vllm(index: int, layer: Any, part: ReusedRows) -> None:
+    """Write a part's rows of decoder layer `index`: rotated first, then by vLLM's own write."""
+    key, value = part.placed.kv(index, part.rows)
+    write_kv(layer, key, value, part.placed.slots[part.rows])
+
 
 class Injection:
     """The reused rows of one sparse prefill.
+
+    Args:
+        write: how rows get into the paged cache.
 
     Attributes:
         seconds: host time spent in `write_layer`.
     """
 
-    def __init__(self, num_layers: int, parts: Iterable[ReusedRows] = ()) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        parts: Iterable[ReusedRows] = (),
+        write: WriteRows = write_by_vllm,
+    ) -> None:
+        self._write = write
         self._pending: list[list[ReusedRows]] = [[] for _ in range(num_layers)]
         self.seconds = 0.0
         for part in parts:
@@ -91,6 +140,5 @@ class Injection:
         start = time.perf_counter()
         parts, self._pending[index] = self._pending[index], []
         for part in parts:
-            key, value = part.placed.kv(index, part.rows)
-            write_kv(layer, key, value, part.placed.slots[part.rows])
+            self._write(index, layer, part)
         self.seconds += time.perf_counter() - start

@@ -12,7 +12,7 @@ from ..attention.metadata import slots_of
 from ..protocol import Item, ReusePlan, Span, StepReport
 from ..store import Segment
 from ..support import KVShape
-from .injection import Injection, PlacedSegment, ReusedRows, Rows, rotation
+from .injection import Injection, PlacedSegment, ReusedRows, Rows, WriteRows, rotation
 from .model import SparsePrefillModel
 from .ranks import all_ranks_have
 from .sparse_prefill import PrefillJob, RequestInputs
@@ -65,8 +65,14 @@ class Loader:
     """Turns reuse plans into jobs and injections on one rank."""
 
     def __init__(
-        self, storage: Storage, model: SparsePrefillModel, shape: KVShape, device: torch.device
+        self,
+        storage: Storage,
+        model: SparsePrefillModel,
+        shape: KVShape,
+        device: torch.device,
+        write: WriteRows,
     ) -> None:
+        self._write = write
         self._storage = storage
         self._model = model
         self._shape = shape
@@ -180,7 +186,7 @@ class Loader:
                         layers = range(stage.first_layer, end)
                         rows = self._rows(spans, first)
                         parts.append(ReusedRows(entry.placed[reuse.item], rows, layers))
-        return Injection(num_layers, parts)
+        return Injection(num_layers, parts, self._write)
 
     def _rows(self, spans: Sequence[Span], first: int) -> Rows:
         if len(spans) == 1:

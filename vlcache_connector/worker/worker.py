@@ -26,6 +26,7 @@ from ..protocol import (
 )
 from ..support import KVShape, UnsupportedError
 from .capture import SegmentCapture
+from .fused_write import choose_write
 from .injection import Injection
 from .loader import LoadedPlan, Loader
 from .model import SparsePrefillModel
@@ -79,7 +80,8 @@ class WorkerSide:
         self._storage = storage
         self._pace = pace
         self._device = device
-        self._loader = Loader(storage, model, shape, device)
+        write = choose_write(model.layers.values(), model.rotary, shape.dtype, device)
+        self._loader = Loader(storage, model, shape, device, write)
         self._capture = SegmentCapture(model.layer_names, shape, device)
         self._layer_index = {name: index for index, name in enumerate(model.layer_names)}
         self._prefill = SparsePrefill(
