@@ -48,8 +48,8 @@ def scatter(
         value: the same for V.
         slots: int64 [n], contiguous, each at most once; tokens with a negative one are skipped.
             A slot behind the last block is not noticed.
-        turns: float32 [n or 1, 2, rotary_dim // 2], contiguous, see `paged.turns_of`; a single row serves
-            all tokens. None rotates nothing.
+        turns: float32 [n or 1, 2, rotary_dim // 2], contiguous, see `paged.turns_of`; a single row
+            serves all tokens. None rotates nothing.
 
     Raises:
         ValueError: a shape does not match.
