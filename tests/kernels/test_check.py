@@ -46,6 +46,18 @@ def test_here_the_kernel_can_be_used(
         assert bool((cache.float() == 3.0).all()), "the model's cache was touched"
 
 
+@needs_triton
+def test_defaults_of_device_and_dtype_do_not_matter() -> None:
+    paged = make_paged(torch.bfloat16)
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert obstacle(paged, SPEC, torch.bfloat16) is None
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def _moves_a_slot(scatter: Any, paged: PagedKV, *rest: Any) -> None:
     spec, key, value, slots, turns = rest
     scatter(paged, spec, key, value, slots ^ 1, turns)

@@ -1,5 +1,7 @@
 """Whether the kernel runs on this device, and gives the bits that torch gives."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,13 +29,15 @@ def obstacle(paged: PagedKV, spec: RotarySpec, dtype: torch.dtype) -> str | None
         from .delta_rope import scatter
 
         device, (block_size, kv_heads) = paged.key.device, paged.key.shape[1:3]
-        generator = torch.Generator().manual_seed(0)
-        slots = torch.randperm(_BLOCKS * block_size, generator=generator)
+        num_tokens = _BLOCKS * block_size
+        # Whatever the defaults of device and dtype are where vLLM starts.
+        generator = torch.Generator("cpu").manual_seed(0)
+        numbers: Any = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+        slots = torch.randperm(num_tokens, generator=generator, device="cpu")
         slots[::5] = -1
-        num_tokens = len(slots)
-        kv = torch.randn(2, num_tokens, kv_heads, spec.head_dim, generator=generator)
+        kv = torch.randn(2, num_tokens, kv_heads, spec.head_dim, **numbers)
         key, value = kv.to(device, dtype)
-        angles = torch.randn(num_tokens, spec.num_pairs, generator=generator)
+        angles = torch.randn(num_tokens, spec.num_pairs, **numbers)
         angles[::3] = 0.0
         for some in (None, angles[1:2].to(device), angles.to(device)):
             actual, expected = _empty_like(paged), _empty_like(paged)
@@ -49,7 +53,7 @@ def obstacle(paged: PagedKV, spec: RotarySpec, dtype: torch.dtype) -> str | None
 
 
 def _empty_like(paged: PagedKV) -> PagedKV:
-    scale = torch.full((1,), 0.25, device=paged.key.device)
+    scale = torch.full((1,), 0.25, device=paged.key.device, dtype=torch.float32)
     return PagedKV(_zeros_like(paged.key), _zeros_like(paged.value), scale, 2 * scale)
 
 
