@@ -58,15 +58,14 @@ class Case:
 
     def paged(self) -> PagedKV:
         heads, dim = self.key.shape[1:]
-        shape = (self.num_blocks, self.block_size, heads, (2 if self.packed else 1) * dim)
+        shape = (self.num_blocks, self.block_size, heads, 2 * dim)
         inverse = [self.order.index(axis) for axis in range(4)]
-        caches = [
-            torch.full([shape[axis] for axis in self.order], FILL)
-            .to(DEVICE, self.cache_dtype)
-            .permute(inverse)
-            for _ in range(1 if self.packed else 2)
-        ]
-        key, value = caches[0].split(dim, dim=-1) if self.packed else caches
+        cache = torch.full([shape[axis] for axis in self.order], FILL)
+        cache = cache.to(DEVICE, self.cache_dtype).permute(inverse)
+        key, value = cache.split(dim, dim=-1)
+        if not self.packed:
+            # V alone, and denser.
+            value = value.contiguous()
         # Powers of two and others, to see each divide its own side.
         return PagedKV(
             key, value, torch.tensor(0.3, device=DEVICE), torch.tensor([1.7], device=DEVICE)
@@ -136,9 +135,9 @@ def random_case(
     slots[skip] = -1 - skip
     spec = make_spec(head_dim, rotary_dim or head_dim, is_neox)
     moves = torch.randint(-5000, 5000, (n,), generator=generator)
-    # K and V as parts of something larger, as they are in a segment.
-    kv = torch.randn(2, n, heads + 1, head_dim, generator=generator) * 3
-    key, value = kv.to(dtype)[:, :, :heads]
+    # Each with strides of its own.
+    key = (torch.randn(n, heads + 1, head_dim, generator=generator) * 3).to(dtype)[:, :heads]
+    value = torch.randn(n, heads, head_dim, generator=generator).to(dtype)
     return Case(
         spec,
         key,
