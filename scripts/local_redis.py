@@ -114,9 +114,13 @@ class LocalRedis:
         )
         until = time.monotonic() + _START_SECONDS
         while True:
-            with contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
+            try:
                 self.client.ping()
                 return
+            except redis.AuthenticationError:  # it lets nobody in without a name
+                return
+            except (redis.ConnectionError, redis.TimeoutError):
+                pass
             if self._process.poll() is not None or time.monotonic() > until:
                 self.kill()
                 raise RedisError(f"{command} does not answer on port {self.port}")
