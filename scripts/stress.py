@@ -506,8 +506,7 @@ def violations(llm: Any, tell: Tell) -> list[str]:
 def happened(llm: Any, tell: Tell) -> dict[str, int]:
     """What VLCache counted since the engine's start."""
     scheduler, _, _ = _sides(llm)
-    counts = Counter(scheduler.events)
-    counts.update({f"failed: {what}": count for what, count in scheduler.failures.items()})
+    counts = Counter(scheduler.statistics.events)
     for line in _breaker.lines:
         counts[f"breaker {line.partition(' to=')[2].partition(' ')[0]}"] += 1
     return dict(counts)

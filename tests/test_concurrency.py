@@ -88,7 +88,9 @@ def state(llm: Any) -> dict[str, int]:
         "worker requests": len(worker._requests),
         "not in the index": sum(key not in scheduler._segments for key in resident),
         "not ready": sum(not scheduler._segments.is_ready(key) for key in resident),
-        "failures": sum(scheduler.failures.values()),
+        "failures": sum(
+            n for event, n in scheduler.statistics.events.items() if event.startswith("failed.")
+        ),
     }
 
 

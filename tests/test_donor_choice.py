@@ -225,7 +225,7 @@ def test_a_request_can_not_ask_for_less_than_was_verified(gated: Callable[[str],
 
 def refused(llm: Any) -> int:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    return int(scheduler.connector._scheduler.refused["gate"])
+    return int(scheduler.connector._scheduler.statistics.events["refused.gate"])
 
 
 def test_a_model_without_verification_is_served_without_reuse_where_it_is_required(

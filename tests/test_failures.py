@@ -88,13 +88,14 @@ def ask_with_broken(llm: Any, part: str, ask: Ask) -> tuple[Answer, dict[str, in
         "store": (worker._storage, "put_kv"),
     }[part]
     original = getattr(owner, name)
-    before = scheduler.failures.copy()
+    before = scheduler.statistics.events.copy()
     setattr(owner, name, raise_fault)
     try:
         [answer] = run(llm, [ask])
     finally:
         setattr(owner, name, original)
-    return answer, dict(scheduler.failures - before)
+    events = scheduler.statistics.events - before
+    return answer, {event: count for event, count in events.items() if event.startswith("failed.")}
 
 
 @pytest.mark.parametrize("part", ["injection", "planning"])

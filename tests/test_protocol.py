@@ -93,9 +93,10 @@ def plans(draw: st.DrawFn) -> ReusePlan:
 layers = st.integers(0, NUM_LAYERS - 1)
 figures = st.builds(
     PrefillFigures,
-    reused_tokens=counts,
+    reused=st.dictionaries(st.integers(0, 2), counts),
     recomputed_tokens=counts,
     computed_by_layer=st.lists(counts, min_size=3, max_size=3).map(tuple),
+    on_device=st.frozensets(st.integers(0, 2)),
     load_seconds=seconds,
     sparse_prefill_seconds=seconds,
     fallback=st.none() | st.just("error"),
@@ -107,7 +108,7 @@ reports = st.builds(
     encoder_stored=st.dictionaries(keys, st.integers(1, 2)),
     encoder_lost=st.sets(keys),
     figures=st.dictionaries(keys, figures),
-    failures=st.dictionaries(keys, st.integers(1, 2)),
+    events=st.dictionaries(keys, st.integers(1, 2)),
 )
 encoder_reports = st.builds(EncoderStepReport, stored=st.sets(keys), lost=st.sets(keys))
 
@@ -341,18 +342,14 @@ def test_dropping_an_item_changes_nothing_else(plan: ReusePlan, item: int) -> No
 
 
 def test_figures_of_two_ranks_show_the_slower_one_and_the_lesser_reuse() -> None:
-    fast = PrefillFigures(90, 10, (30, 25), load_seconds=0.5, sparse_prefill_seconds=0.25)
-    slow = PrefillFigures(
-        0, 100, (120, 120), load_seconds=0.25, sparse_prefill_seconds=1.5, fallback="segment lost"
-    )
-    expected = PrefillFigures(
-        0, 100, (120, 120), load_seconds=0.5, sparse_prefill_seconds=1.5, fallback="segment lost"
-    )
+    fast = PrefillFigures({0: 60, 1: 30}, 10, (30, 25), 0.5, 0.25, frozenset({0, 1}))
+    slow = PrefillFigures({0: 50}, 100, (120, 120), 0.25, 1.5, frozenset({0}), "segment lost")
+    expected = PrefillFigures({0: 50}, 100, (120, 120), 0.5, 1.5, frozenset({0}), "segment lost")
     assert fast.merge(slow) == slow.merge(fast) == expected
 
 
 def test_a_rank_that_computed_nothing_leaves_the_others_layers() -> None:
-    assert PrefillFigures().merge(PrefillFigures(1, 2, (3, 2))).computed_by_layer == (3, 2)
+    assert PrefillFigures().merge(PrefillFigures({0: 1}, 2, (3, 2))).computed_by_layer == (3, 2)
 
 
 @property_test
@@ -374,7 +371,7 @@ def test_an_aggregate_counts_ranks_and_joins_losses(ranks: list[StepReport]) -> 
         assert total.encoder_stored.get(key, 0) == sum(
             rank.encoder_stored.get(key, 0) for rank in ranks
         )
-        assert total.failures.get(key, 0) == sum(rank.failures.get(key, 0) for rank in ranks)
+        assert total.events.get(key, 0) == sum(rank.events.get(key, 0) for rank in ranks)
         assert (key in total.lost) == any(key in rank.lost for rank in ranks)
         assert (key in total.encoder_lost) == any(key in rank.encoder_lost for rank in ranks)
 
@@ -401,11 +398,11 @@ def test_a_rank_with_nothing_to_tell_changes_nothing(a: StepReport) -> None:
 
 
 def test_aggregating_leaves_the_reports_of_the_ranks_alone() -> None:
-    first = StepReport(stored={"a": 1}, lost={"b"}, figures={"r": PrefillFigures(1)})
-    second = StepReport(stored={"a": 1}, lost={"c"}, figures={"r": PrefillFigures(0)})
+    first = StepReport(stored={"a": 1}, lost={"b"}, figures={"r": PrefillFigures({0: 1})})
+    second = StepReport(stored={"a": 1}, lost={"c"}, figures={"r": PrefillFigures({0: 0})})
     first.aggregate(second)
-    assert first == StepReport(stored={"a": 1}, lost={"b"}, figures={"r": PrefillFigures(1)})
-    assert second == StepReport(stored={"a": 1}, lost={"c"}, figures={"r": PrefillFigures(0)})
+    assert first == StepReport(stored={"a": 1}, lost={"b"}, figures={"r": PrefillFigures({0: 1})})
+    assert second == StepReport(stored={"a": 1}, lost={"c"}, figures={"r": PrefillFigures({0: 0})})
 
 
 @pytest.mark.parametrize(
@@ -416,7 +413,7 @@ def test_aggregating_leaves_the_reports_of_the_ranks_alone() -> None:
         StepReport(encoder_stored={"a": 1}),
         StepReport(encoder_lost={"a"}),
         StepReport(figures={"r": PrefillFigures()}),
-        StepReport(failures={"load": 1}),
+        StepReport(events={"disk.read.calls": 1}),
     ],
 )
 def test_a_report_with_any_entry_is_not_empty(report: StepReport) -> None:
@@ -427,7 +424,7 @@ def test_failures_are_counted_by_kind() -> None:
     report = StepReport()
     for what in ("load", "store", "load"):
         report.failed(what)
-    assert report.failures == {"load": 2, "store": 1}
+    assert report.events == {"failed.load": 2, "failed.store": 1}
 
 
 def test_a_new_report_is_empty() -> None:

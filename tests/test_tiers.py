@@ -28,7 +28,9 @@ def flush(llm: Any) -> bool:
 
 
 def events(llm: Any) -> dict[str, int]:
-    return dict(llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler.events)
+    return dict(
+        llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler.statistics.events
+    )
 
 
 def store_images(engine: Engine, ask: Ask = DONOR) -> None:

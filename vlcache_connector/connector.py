@@ -1,11 +1,13 @@
 """`VLCacheConnector`: the KV half, a thin face over the scheduler side and the worker side.
 
 vLLM seams: `KVConnectorBase_V1`, `SupportsHMA`
-(`vllm/distributed/kv_transfer/kv_connector/v1/base.py`), `ECTransferConfig`.
+(`vllm/distributed/kv_transfer/kv_connector/v1/base.py`), `ECTransferConfig`, `CacheHitSource`
+(`vllm/v1/metrics/cache_hit_source.py`).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import ECTransferConfig
@@ -20,6 +22,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from .calibration import load_for
+from .metrics import VLCachePromMetrics, VLCacheStats
 from .protocol import StepPlan, StepReport
 from .scheduler import indices
 from .scheduler.canonical import opening_tokens
@@ -51,6 +54,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+_HIT_SOURCES = {"cpu": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
+"""vLLM has no name for Redis, nor for claimed tokens that were computed."""
+
 
 class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     """Position-independent reuse of image KV.
@@ -61,8 +67,6 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     Raises:
         ConfigError: an option is not valid, or vLLM runs with one that can't be served together.
     """
-
-    _cache_hit_source = CacheHitSource.HOST
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -247,6 +251,17 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 request, tuple(blocks.get_block_ids()[0]), num_external_tokens
             )
 
+    def get_external_cache_hit_sources(
+        self, request: Request, num_external_tokens: int
+    ) -> dict[CacheHitSource, int]:
+        """Where claimed tokens come from; computed ones come from none of vLLM's sources."""
+        sources = Counter[CacheHitSource]()
+        if self._scheduler is not None:
+            for tier, count in self._scheduler.external_tokens(request).items():
+                source = _HIT_SOURCES.get(tier or "", CacheHitSource.EXTERNAL_UNSPECIFIED)
+                sources[source] += count
+        return dict(sources)
+
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepPlan:
         """The step's plan for the workers."""
         if self._scheduler is None:
@@ -281,3 +296,25 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             self._scheduler.reset()
         return True
+
+    # -- metrics ----------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> VLCacheStats | None:
+        """What happened since the last call; all of it is counted on the scheduler side."""
+        return None if self._scheduler is None else self._scheduler.statistics.take()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> VLCacheStats:
+        """Stats that have travelled to a logger."""
+        return VLCacheStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> VLCachePromMetrics:
+        """The metrics of `metrics.METRICS`."""
+        return VLCachePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

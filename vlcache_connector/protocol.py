@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 from vllm.distributed.ec_transfer.ec_connector.base import (
     ECConnectorMetadata,
@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from .store.header import Kind
+from .tiers.base import NoAnswer
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,9 @@ class FetchPlan:
     """Tokens that need not be computed once it is there; 0: not to be weighed."""
 
 
+Outcome = Literal["hit", "miss", "late", "skipped", "failed"]
+"""What became of looking for the KV of an item."""
+
 TIERS = ("device", "cpu", "disk", "redis")
 """Where segments may be, fastest first."""
 
@@ -256,9 +260,11 @@ class Fetched:
     """Content key of the segment that all of them found; None: some of them found none, or
     another one."""
     tier: str | None
-    """Slowest tier it was found in."""
+    """Slowest tier it was found in, or that gave no answer."""
     num_bytes: int
     """The most that a rank holds."""
+    no_answer: NoAnswer | None = None
+    """Of the ranks that found nothing, why they may have missed it; "failed" before "skipped"."""
 
     def merge(self, other: Fetched) -> Fetched:
         """The same fetch on further ranks."""
@@ -268,7 +274,13 @@ class Fetched:
             key=self.key if same else None,
             tier=slowest(self.tier, other.tier),
             num_bytes=max(self.num_bytes, other.num_bytes),
+            no_answer=worse(self.no_answer, other.no_answer),
         )
+
+
+def worse(a: NoAnswer | None, b: NoAnswer | None) -> NoAnswer | None:
+    """The one that says less about what is stored."""
+    return "failed" if "failed" in (a, b) else a or b
 
 
 @dataclass
@@ -300,8 +312,8 @@ class StepPlan(KVConnectorMetadata):
 class PrefillFigures:
     """What the sparse prefill of one request did and took."""
 
-    reused_tokens: int = 0
-    """Tokens whose KV is a donor's in the last layer."""
+    reused: dict[int, int] = field(default_factory=dict)
+    """Item that was reused -> tokens whose KV is a donor's in the last layer."""
     recomputed_tokens: int = 0
     """Tokens of known items that the first layer computed anew."""
     computed_by_layer: tuple[int, ...] = ()
@@ -310,24 +322,57 @@ class PrefillFigures:
     """Fetching segments and writing their rotated KV into the paged cache."""
     sparse_prefill_seconds: float = 0.0
     """The passes that computed the request's runs (shared with other requests of the step)."""
-    is_on_device: bool = False
-    """All reused segments were in device memory already."""
+    on_device: frozenset[int] = frozenset()
+    """Reused items whose segments were in device memory already."""
     fallback: str | None = None
     """Why less was reused than planned, if so."""
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens whose KV is a donor's in the last layer."""
+        return sum(self.reused.values())
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that entered the sparse prefill."""
+        return max(self.computed_by_layer, default=0)
 
     def merge(self, other: PrefillFigures) -> PrefillFigures:
         """Figures of two ranks: the slower one counts."""
         return PrefillFigures(
-            reused_tokens=min(self.reused_tokens, other.reused_tokens),
+            reused={
+                item: min(self.reused[item], other.reused[item])
+                for item in self.reused.keys() & other.reused.keys()
+            },
             recomputed_tokens=max(self.recomputed_tokens, other.recomputed_tokens),
             computed_by_layer=tuple(
                 map(max, zip_longest(self.computed_by_layer, other.computed_by_layer, fillvalue=0))
             ),
             load_seconds=max(self.load_seconds, other.load_seconds),
             sparse_prefill_seconds=max(self.sparse_prefill_seconds, other.sparse_prefill_seconds),
-            is_on_device=self.is_on_device and other.is_on_device,
+            on_device=self.on_device & other.on_device,
             fallback=self.fallback or other.fallback,
         )
+
+
+@dataclass(frozen=True)
+class TierState:
+    """What one rank makes of a tier below host memory."""
+
+    breaker: str
+    """State of its circuit breaker: "closed", "half_open" or "open"."""
+    latency_seconds: float | None
+    bytes_per_second: float | None
+    """Of reading, as far as they are known."""
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """What one rank weighs loads by."""
+
+    tokens_per_second: float | None
+    """Of vLLM's own prefill; None: not known yet."""
+    tiers: dict[str, TierState]
 
 
 @dataclass
@@ -344,14 +389,15 @@ class StepReport(KVConnectorWorkerMetadata):
     """Fetches that ended, by name."""
     figures: dict[str, PrefillFigures] = field(default_factory=dict)
     """Request -> what its sparse prefill did."""
-    failures: dict[str, int] = field(default_factory=dict)
-    """What went wrong, by kind."""
     events: dict[str, int] = field(default_factory=dict)
-    """What happened in the tiers below host memory, by kind."""
+    """What went wrong, and what happened in the tiers below host memory, by kind."""
+    states: dict[int, WorkerState] = field(default_factory=dict)
+    """By rank, from those that have anything else to tell."""
 
     def failed(self, what: str) -> None:
         """Count something that went wrong."""
-        self.failures[what] = self.failures.get(what, 0) + 1
+        event = f"failed.{what}"
+        self.events[event] = self.events.get(event, 0) + 1
 
     def is_empty(self) -> bool:
         """Whether there is nothing to tell."""
@@ -362,7 +408,6 @@ class StepReport(KVConnectorWorkerMetadata):
             or self.encoder_lost
             or self.fetched
             or self.figures
-            or self.failures
             or self.events
         )
 
@@ -382,8 +427,8 @@ class StepReport(KVConnectorWorkerMetadata):
             encoder_stored=_add_counts(self.encoder_stored, other.encoder_stored),
             encoder_lost=self.encoder_lost | other.encoder_lost,
             figures=figures,
-            failures=_add_counts(self.failures, other.failures),
             events=_add_counts(self.events, other.events),
+            states=self.states | other.states,
         )
 
 

@@ -69,6 +69,35 @@ def test_reserved_keys_are_never_evicted() -> None:
     assert "writing" in index
 
 
+def test_events_are_counted_until_they_are_taken() -> None:
+    index = make_index(30, ranks=2)
+    assert index.reserve("a", 20)
+    index.stored("a", 1)
+    assert not index.take_events()
+    index.stored("a", 1)
+    index.stored("a", 1)  # more than there are
+    assert index.reserve("b", 20)
+    assert not index.reserve("c", 20)
+    assert not index.reserve("b", 20)  # known, which is no lack of room
+    assert index.take_events() == {"stored": 1, "evicted": 1, "no_room": 1}
+    index.stored("b", 2)
+    index.clear()
+    assert index.take_events() == {"stored": 1}
+
+
+def test_a_promise_is_counted_as_long_as_it_is_kept() -> None:
+    index = make_index(30, {"a": 10, "b": 10})
+    index.promise("a")
+    assert index.num_promised == 1
+    index.settle()
+    index.promise("a")
+    index.promise("b")
+    assert index.num_promised == 2
+    index.settle()
+    index.settle()
+    assert index.num_promised == 0
+
+
 def test_what_does_not_fit_changes_nothing() -> None:
     index = make_index(30, {"a": 10, "b": 10})
     index.promise("b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from vlcache_connector.protocol import Fetched, FetchPlan, Item, Span
 from vlcache_connector.scheduler.donors import Donors
 from vlcache_connector.scheduler.index import ResidencyIndex
 from vlcache_connector.scheduler.staging import Staging
+from vlcache_connector.tiers import NoAnswer
 
 ALL = frozenset(RELATIONS)
 KV_BYTES, ROW_BYTES = 10, 3
@@ -62,8 +64,9 @@ class World:
             {name: Fetched(ranks, key or name, tier, num_bytes=KV_BYTES) for name in names}
         )
 
-    def miss(self, *names: str) -> None:
-        self.staging.update({name: Fetched(1, None, None, 0) for name in names})
+    def miss(self, *names: str, no_answer: NoAnswer | None = None) -> None:
+        tier = "redis" if no_answer else None
+        self.staging.update({name: Fetched(1, None, tier, 0, no_answer) for name in names})
 
 
 def kv_name(key: str = "cat", ordinal: int = 0) -> str:
@@ -249,3 +252,57 @@ def test_encoder_rows_that_found_no_room_are_not_promised() -> None:
     assert not world.waits("1", item(), saved_tokens=0)
     assert not world.rows.is_ready("cat rows")
     assert not world.staging._running
+
+
+def test_a_lookup_tells_what_became_of_an_items_kv() -> None:
+    world = World()
+    names = ("cat", "dog", "cow", "hen")
+    items = [replace(item(name), index=index) for index, name in enumerate(names)]
+    found, missing, unasked, broken = items
+    world.waits("1", *items)
+    world.step()
+    assert {world.staging.lookup("1", image) for image in items} == {(None, "late")}
+    world.end(kv_name("cat"))
+    world.miss(kv_name("dog"))
+    world.miss(kv_name("cow"), no_answer="skipped")
+    world.miss(kv_name("hen"), no_answer="failed")
+    assert world.staging.lookup("1", found) == ("redis", "hit")
+    assert world.staging.lookup("1", missing) == (None, "miss")
+    assert world.staging.lookup("1", unasked) == ("redis", "skipped")
+    assert world.staging.lookup("1", broken) == ("redis", "failed")
+    assert world.staging.lookup("2", found) == (None, "miss")  # it never asked
+
+
+def test_an_item_that_was_not_to_be_fetched_is_no_late_one() -> None:
+    world = World()
+    world.waits("1", item(), saved_tokens=0)
+    assert world.staging.lookup("1", item()) == (None, "miss")
+
+
+def test_the_time_that_a_request_waited_ends_with_the_wait() -> None:
+    world = World()
+    assert world.waits("1", item())
+    world.step()
+    assert world.staging.waited_seconds("1") == 0.0
+    world.now = 0.25
+    world.miss(kv_name(), "cat rows")
+    assert not world.waits("1", item())
+    world.now = 0.5
+    assert not world.waits("1", item())
+    assert world.staging.waited_seconds("1") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ((None, None), None),
+        (("skipped", None), "skipped"),
+        ((None, "failed"), "failed"),
+        (("failed", "skipped"), "failed"),
+    ],
+)
+def test_of_two_ranks_without_an_answer_the_failed_one_is_told(
+    answers: tuple[NoAnswer | None, NoAnswer | None], expected: NoAnswer | None
+) -> None:
+    first, second = (Fetched(1, None, None, 0, answer) for answer in answers)
+    assert first.merge(second).no_answer == second.merge(first).no_answer == expected

@@ -107,7 +107,8 @@ def operations(guarded: GuardedTier) -> dict[str, Callable[[], object]]:
     }
 
 
-MISSES = {"sizes": [None, None], "read": None, "write": False, "record_model": False}
+FAILED = {"sizes": "failed", "read": "failed", "write": False, "record_model": False}
+SKIPPED = {"sizes": "skipped", "read": "skipped", "write": False, "record_model": False}
 
 
 def test_success_passes_and_is_counted(faulty: FaultyTier) -> None:
@@ -116,7 +117,7 @@ def test_success_passes_and_is_counted(faulty: FaultyTier) -> None:
     assert found == {"sizes": [7, 7], "read": [bytes(7)], "write": True, "record_model": True}
     assert guarded.remove([NAME], soon()) == 1
     counters = guarded.take_counters()
-    assert counters.calls == dict.fromkeys([*MISSES, "remove"], 1)
+    assert counters.calls == dict.fromkeys([*FAILED, "remove"], 1)
     assert not counters.faults
     assert not counters.skipped
     assert (counters.bytes_read, counters.bytes_written, counters.damaged) == (7, 5, 0)
@@ -124,13 +125,13 @@ def test_success_passes_and_is_counted(faulty: FaultyTier) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("operation", list(MISSES))
+@pytest.mark.parametrize("operation", list(FAILED))
 def test_faults_are_misses_and_counted(
     faulty: FaultyTier, operation: str, fault: Fault, caplog: pytest.LogCaptureFixture
 ) -> None:
     guarded = guard(faulty)
     faulty.error = TierError(fault, "why")
-    assert operations(guarded)[operation]() == MISSES[operation]
+    assert operations(guarded)[operation]() == FAILED[operation]
     counters = guarded.take_counters()
     assert counters.faults == {(operation, fault): 1}
     assert (counters.bytes_read, counters.bytes_written) == (0, 0)
@@ -146,7 +147,7 @@ def test_other_exceptions_are_logged_once_per_kind(
     for error in (KeyError("a"), KeyError("b"), ZeroDivisionError("c")):
         faulty.error = error
         for operation in ("read", "write"):
-            assert operations(guarded)[operation]() == MISSES[operation]
+            assert operations(guarded)[operation]() == FAILED[operation]
     faults = guarded.take_counters().faults
     assert faults == {("read", "other"): 3, ("write", "other"): 3}
     logged = [(record.args, record.exc_info[0]) for record in caplog.records]  # type: ignore[index]
@@ -167,7 +168,7 @@ def test_failures_open_the_breaker(faulty: FaultyTier, caplog: pytest.LogCapture
     assert guarded.breaker.state == "open"
     faulty.error = None
     for name, call in operations(guarded).items():
-        assert call() == MISSES[name]
+        assert call() == SKIPPED[name]
     guarded.damaged(NAME, soon())
     counters = guarded.take_counters()
     assert faulty.asked == ["sizes"] * 3
@@ -191,7 +192,7 @@ def test_slow_calls_open_the_breaker(faulty: FaultyTier) -> None:
     guarded = guard(faulty, slow_seconds=0.01, window=3)
     faulty.seconds = 0.02
     for _ in range(3):
-        assert guarded.read(NAME, 100, soon()) is not None
+        assert guarded.read(NAME, 100, soon()) == [bytes(7)]
     assert guarded.breaker.state == "open"
 
 
@@ -207,7 +208,7 @@ def test_slow_writes_do_not_open_it(faulty: FaultyTier) -> None:
 def test_a_caller_that_comes_too_late_says_nothing_about_the_tier(faulty: FaultyTier) -> None:
     guarded = guard(faulty)
     for _ in range(10):
-        assert guarded.read(NAME, 100, Deadline(0)) is None
+        assert guarded.read(NAME, 100, Deadline(0)) == "failed"
     assert faulty.asked == []
     assert guarded.breaker.state == "closed"
     assert guarded.take_counters().faults == {("read", "timeout"): 10}
@@ -222,7 +223,7 @@ def test_an_interrupted_probe_does_not_block_the_breaker(faulty: FaultyTier) -> 
     with pytest.raises(KeyboardInterrupt):
         guarded.read(NAME, 100, soon())
     faulty.error = None
-    assert guarded.read(NAME, 100, soon()) is not None
+    assert guarded.read(NAME, 100, soon()) == [bytes(7)]
     assert guarded.breaker.state == "closed"
 
 
@@ -287,8 +288,19 @@ def test_estimates_are_never_negative() -> None:
             previous = estimate
 
 
+def test_an_estimate_lies_on_the_line_that_is_told() -> None:
+    transfer = TransferTime()
+    assert transfer.line() is None
+    for size in (1_000_000, 5_000_000, 20_000_000) * 40:
+        transfer.observe(size, 0.02 + size / 1e9)
+    line = transfer.line()
+    assert line == (pytest.approx(0.02, rel=0.1), pytest.approx(1e-9, rel=0.1))
+    assert transfer.estimate(3_000_000) == pytest.approx(line[0] + 3_000_000 * line[1])
+
+
 def test_pinned_values_stay() -> None:
     both = TransferTime(0.1, 1000.0)
+    assert both.line() == (0.1, 0.001)
     assert both.estimate(500) == pytest.approx(0.6)
     both.observe(1, 100.0)
     assert both.estimate(500) == pytest.approx(0.6)
@@ -336,7 +348,7 @@ def test_over_a_real_tier(
     guarded.damaged(NAME, soon())
     assert guarded.read(NAME, 2 << 20, soon()) is None
     guarded.write(NAME, [data], soon())
-    assert guarded.read(NAME, 5, soon()) is None  # larger than it can be: removed
+    assert guarded.read(NAME, 5, soon()) == "failed"  # larger than it can be: removed
     assert guarded.sizes([NAME], soon()) == [None]
     counters = guarded.take_counters()
     assert counters.faults == {("read", "damaged"): 1}
@@ -344,8 +356,8 @@ def test_over_a_real_tier(
     assert counters.bytes_read == len(data) + 1
     if server:
         server.kill()
-        for _ in range(4):
-            assert guarded.read(NAME, 100, soon()) is None
+        answers = [guarded.read(NAME, 100, soon()) for _ in range(4)]
+        assert answers == [*["failed"] * 3, "skipped"]
         assert guarded.breaker.state == "open"
         assert guarded.take_counters().faults == {("read", "connection"): 3}
         server.start()

@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlcache_connector.protocol import Fetched, FetchPlan
+from vlcache_connector.protocol import Fetched, FetchPlan, TierState
 from vlcache_connector.store import LMCacheSegmentStore
-from vlcache_connector.tiers import CircuitBreaker, Deadline, DiskTier, GuardedTier, Name
+from vlcache_connector.tiers import (
+    CircuitBreaker,
+    Deadline,
+    DiskTier,
+    GuardedTier,
+    Name,
+    TierError,
+)
 from vlcache_connector.tiers.guarded import TransferTime
 from vlcache_connector.worker.pace import Pace
 from vlcache_connector.worker.transfers import Transfers
@@ -151,7 +158,7 @@ def test_what_is_not_what_it_says_is_refused(
             file.write(bytes([last[0] ^ 255]))
     reading = transfers(make_store("other" if change == "model" else "print"), disk(tmp_path))
     ended = fetch(reading, "a/0", max_bytes=100 if change == "size" else MIB)
-    assert ended.key is None
+    assert (ended.key, ended.tier, ended.no_answer) == (None, "disk", "failed")
     event = {
         "model": "disk.read.refused_identity",
         "damage": "disk.read.refused_checksum",
@@ -223,12 +230,43 @@ def test_a_load_that_takes_longer_than_computing_is_not_made(
     assert moving.flush(20.0)
     ended = fetch(moving, "a/0", saved_tokens=8)  # 8 ms of computing
     assert (ended.key == "a/0") == is_loaded
+    assert ended.tier == "disk"
+    assert ended.no_answer == (None if is_loaded else "skipped")
     assert moving.take_events()["disk.read.not_worth"] == (not is_loaded)
     # Encoder rows are not weighed; once in a while, nothing is.
     assert fetch(moving, "a/0", saved_tokens=0).key == "a/0"
     if not is_loaded:
         tries = [fetch(moving, "a/0").key for _ in range(40)]
         assert tries.count("a/0") == 2
+    moving.close()
+
+
+def test_a_tier_that_gives_no_answer_is_told_from_a_miss(
+    make_store: Callable[..., LMCacheSegmentStore], tmp_path: Path
+) -> None:
+    class BrokenDisk(DiskTier):
+        def sizes(self, names: Sequence[Name], deadline: Deadline) -> list[int | None]:
+            raise TierError("timeout", "no answer")
+
+    broken = GuardedTier(
+        BrokenDisk(tmp_path, "test", MIB, None), CircuitBreaker("disk", failures=2)
+    )
+    moving = transfers(make_store(), broken)
+    ended = [fetch(moving, "a/0") for _ in range(3)]
+    assert [(e.tier, e.no_answer) for e in ended] == [
+        ("disk", "failed"),
+        ("disk", "failed"),
+        ("disk", "skipped"),
+    ]
+    assert moving.tier_states() == {"disk": TierState("open", None, None)}
+    moving.close()
+
+
+def test_the_state_of_a_tier_is_what_loads_are_weighed_by(
+    make_store: Callable[..., LMCacheSegmentStore], tmp_path: Path
+) -> None:
+    moving = transfers(make_store(), disk(tmp_path, speed=4096))
+    assert moving.tier_states() == {"disk": TierState("closed", 0.0, 4096.0)}
     moving.close()
 
 

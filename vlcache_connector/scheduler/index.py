@@ -7,9 +7,13 @@ fail for lack of the segment.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+IndexEvent = Literal["stored", "evicted", "no_room"]
+"""A segment became ready, had to make room, or found none."""
 
 
 @dataclass
@@ -35,6 +39,7 @@ class ResidencyIndex:
         self._evicted: list[str] = []
         self._promised: set[str] = set()
         self._promised_before: set[str] = set()
+        self._events: Counter[IndexEvent] = Counter()
         self.on_forgotten: Callable[[str], None] | None = None
         """Called with every key that is no longer known."""
 
@@ -73,6 +78,7 @@ class ResidencyIndex:
                 victims.append(victim)
                 free += entry.num_bytes
         if free < num_bytes:
+            self._events["no_room"] += 1
             return False
         for victim in victims:
             self.evict(victim)
@@ -90,6 +96,7 @@ class ResidencyIndex:
         if not self._can_go(key):
             return False
         self.lost(key)
+        self._events["evicted"] += 1
         return True
 
     def stored(self, key: str, ranks: int) -> None:
@@ -98,7 +105,10 @@ class ResidencyIndex:
         if entry is None:
             self._evicted.append(key)
             return
+        was_ready = entry.ranks_missing == 0
         entry.ranks_missing = max(0, entry.ranks_missing - ranks)
+        if entry.ranks_missing == 0 and not was_ready:
+            self._events["stored"] += 1
 
     def lost(self, key: str) -> None:
         """A rank could not store or load `key`; the others are told to drop it."""
@@ -123,6 +133,16 @@ class ResidencyIndex:
         """Evict everything that is ready."""
         for key in [k for k, entry in self._entries.items() if entry.ranks_missing == 0]:
             self.lost(key)
+
+    def take_events(self) -> Counter[IndexEvent]:
+        """How often each event happened since the last call."""
+        events, self._events = self._events, Counter()
+        return events
+
+    @property
+    def num_promised(self) -> int:
+        """Segments that are not evicted because requests were promised them."""
+        return len(self._promised | self._promised_before)
 
     @property
     def used_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from vllm.logger import init_logger
@@ -25,6 +25,41 @@ _POSITION_FIELD_ENTRIES = 4096
 do not."""
 
 
+Refusal = Literal["unsupported", "unsalted", "client_uuid"]
+"""Why a request with images is left to plain vLLM."""
+
+
+def refusal_of(request: Request, config: VLCacheConfig) -> Refusal | None:
+    """Why `request`, which has images, is left to plain vLLM; None: it is not."""
+    if (
+        request.prompt_token_ids is None
+        or request.lora_request is not None
+        or request.prompt_embeds is not None
+        or request.pooling_params is not None
+        or request.resumable
+    ):
+        # Other weights, no token ids, all hidden states wanted, or a prompt that still grows.
+        return "unsupported"
+    if request.cache_salt is None and not config.share_unsalted:
+        return "unsalted"
+    if not all(is_content_hash(feature.identifier) for feature in request.mm_features):
+        # What a client says an image is, is not what it is.
+        return "client_uuid"
+    previous_end = 0
+    places = [feature.mm_position for feature in request.mm_features]
+    for place in sorted(places, key=lambda place: place.offset):
+        end = place.offset + place.length
+        if place.offset < previous_end or end > len(request.prompt_token_ids):
+            logger.warning(
+                "VLCache: request %s has overlapping or overlong image placeholders; "
+                "it is left to plain vLLM",
+                request.request_id,
+            )
+            return "unsupported"
+        previous_end = end
+    return None
+
+
 @dataclass
 class CapturedItem:
     """An item whose KV is captured as vLLM's own forward computes it."""
@@ -41,15 +76,24 @@ class TrackedRequest:
     request: Request
     items: tuple[Item, ...]
     options: RequestOptions
+    wanted: list[Item] = field(default_factory=list)
+    """Items whose KV is looked for: vLLM's prefix cache does not hold all of it."""
     pending: ReusePlan | None = None
     """Planned in `get_num_new_matched_tokens`, not yet allocated."""
+    loading: ReusePlan | None = None
+    """Allocated, and carried out by the workers."""
     capturing: dict[int, CapturedItem] = field(default_factory=dict)
     """Items under capture."""
     context_sent: bool = False
+    tiers: dict[int, str] = field(default_factory=dict)
+    """Tiers that the KV of the items under `loading` was found in."""
     tier: str | None = None
+    """Slowest tier that anything was found in, encoder rows included."""
+    fetch_seconds: float = 0.0
+    """How long it waited for disk and Redis."""
     figures: PrefillFigures | None = None
-    refusal: str | None = None
-    """Why known images were not reused."""
+    is_gated: bool = False
+    """The gate kept known images from being reused."""
 
     @classmethod
     def of(
@@ -58,28 +102,13 @@ class TrackedRequest:
         config: VLCacheConfig,
         fingerprint: str,
         read_options: Callable[[Mapping[str, Any] | None], RequestOptions],
-    ) -> TrackedRequest | None:
-        """Track `request`; None when it has nothing that could be reused or stored.
+    ) -> TrackedRequest:
+        """Track `request`, which has images and is not refused.
 
         Args:
             fingerprint: `support.model_fingerprint`.
             read_options: reads `kv_transfer_params`; raises ConfigError where they are not valid.
         """
-        if not request.mm_features or request.prompt_token_ids is None:
-            return None
-        if (
-            request.lora_request is not None
-            or request.prompt_embeds is not None
-            or request.pooling_params is not None
-            or request.resumable
-        ):
-            # Other weights, no token ids, all hidden states wanted, or a prompt that still grows.
-            return None
-        if request.cache_salt is None and not config.share_unsalted:
-            return None
-        if not all(is_content_hash(feature.identifier) for feature in request.mm_features):
-            # What a client says an image is, is not what it is.
-            return None
         features = sorted(
             enumerate(request.mm_features), key=lambda entry: entry[1].mm_position.offset
         )
@@ -103,16 +132,6 @@ class TrackedRequest:
                     else tuple(position.is_embed.tolist()),
                 )
             )
-        previous_end = 0
-        for item in items:
-            if item.span.start < previous_end or item.span.end > len(request.prompt_token_ids):
-                logger.warning(
-                    "VLCache: request %s has overlapping or overlong image placeholders; "
-                    "it is left to plain vLLM",
-                    request.request_id,
-                )
-                return None
-            previous_end = item.span.end
         try:
             options = read_options(request.kv_transfer_params)
         except ConfigError as error:
@@ -140,12 +159,13 @@ class TrackedRequest:
         return {
             "reused_tokens": figures.reused_tokens,
             "recomputed_tokens": figures.recomputed_tokens,
-            "computed_tokens": max(figures.computed_by_layer, default=0),
+            "computed_tokens": figures.computed_tokens,
             "computed_token_layers": sum(figures.computed_by_layer),
             "tier": self.tier,
+            "fetch_seconds": round(self.fetch_seconds, 6),
             "load_seconds": round(figures.load_seconds, 6),
             "sparse_prefill_seconds": round(figures.sparse_prefill_seconds, 6),
-            "fallback": figures.fallback or self.refusal,
+            "fallback": figures.fallback or ("gate" if self.is_gated else None),
         }
 
 

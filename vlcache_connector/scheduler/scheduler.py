@@ -2,7 +2,8 @@
 
 vLLM seams: the scheduler-side methods of `KVConnectorBase_V1`
 (`vllm/distributed/kv_transfer/kv_connector/v1/base.py`), called by the scheduler
-(`vllm/v1/core/sched/scheduler.py`).
+(`vllm/v1/core/sched/scheduler.py`); `Request.prefill_stats` (`vllm/v1/request.py`), which tells
+clients and metrics how many tokens were cached.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from vllm.v1.request import RequestStatus
 
 from ..calibration import LayerSchedule, Relation
 from ..config import ConfigError, RequestOptions, VLCacheConfig
-from ..protocol import CapturePlan, Item, PrefillFigures, ReusePlan, StepPlan, StepReport
+from ..protocol import (
+    CapturePlan,
+    Item,
+    Outcome,
+    PrefillFigures,
+    ReusePlan,
+    StepPlan,
+    StepReport,
+)
 from ..selection import Budget, Selection, first_k_by_layer, make_selectors
 from ..support import KVShape
 from .canonical import CanonicalDonors
@@ -26,8 +35,9 @@ from .donors import Donors
 from .fence import PrefixFence, self_test
 from .index import ResidencyIndex
 from .planner import plan_reuse
-from .requests import CapturedItem, TrackedRequest
+from .requests import CapturedItem, TrackedRequest, refusal_of
 from .staging import Staging
+from .statistics import Statistics
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -110,12 +120,7 @@ class SchedulerSide:
                 "run `vlcache calibrate` and name its file in `calibration`, or choose "
                 "selector='first_k'"
             )
-        self.refused: Counter[str] = Counter()
-        """Requests that were computed although their images are known, by reason."""
-        self.failures: Counter[str] = Counter()
-        """What went wrong, by kind; each cost only reuse."""
-        self.events: Counter[str] = Counter()
-        """What happened in the tiers below host memory, by kind."""
+        self.statistics = Statistics({"kv": segments, "encoder": encoder_rows})
         self._live: dict[str, Request] = {}
         self._requests: dict[str, TrackedRequest] = {}
         self._finishing: dict[str, tuple[TrackedRequest, dict[str, Any]]] = {}
@@ -134,15 +139,18 @@ class SchedulerSide:
     def on_new_request(self, request: Request) -> None:
         """Start tracking a request."""
         self._live[request.request_id] = request
+        if not request.mm_features:
+            return
         try:
-            tracked = TrackedRequest.of(
+            refusal = refusal_of(request, self._config)
+            if refusal is not None:
+                self.statistics.happened(f"refused.{refusal}")
+                return
+            self._requests[request.request_id] = TrackedRequest.of(
                 request, self._config, self._fingerprint, self._read_options
             )
         except Exception:
-            self._failed("request could not be read", request.request_id)
-            return
-        if tracked is not None:
-            self._requests[request.request_id] = tracked
+            self._failed("read", request.request_id)
 
     def _read_options(self, params: Mapping[str, Any] | None) -> RequestOptions:
         options = RequestOptions.from_params(params)
@@ -177,8 +185,8 @@ class SchedulerSide:
 
     def _failed(self, what: str, req_id: str) -> None:
         """Count and log an exception that costs a request its reuse, and nothing else."""
-        self.failures[what] += 1
-        logger.exception("VLCache: %s, left to plain vLLM: request %s", what, req_id)
+        self.statistics.happened(f"failed.{what}")
+        logger.exception("VLCache: can't %s request %s, left to plain vLLM", what, req_id)
 
     # -- claiming ---------------------------------------------------------------------------
 
@@ -190,12 +198,13 @@ class SchedulerSide:
         if tracked is None:
             return 0, False
         tracked.pending = None
+        tracked.wanted = self._wanted(tracked, num_computed)
         try:
-            if self._is_being_staged(tracked, num_computed):
+            if self._is_being_staged(tracked):
                 return None, False
             plan = self._plan(tracked, num_computed)
         except Exception:
-            self._failed("reuse could not be planned", request.request_id)
+            self._failed("plan", request.request_id)
             plan = None
         if plan is None:
             if self._fence is not None:
@@ -216,10 +225,13 @@ class SchedulerSide:
     ) -> None:
         """vLLM has allocated the claimed tokens: the plan is part of this step."""
         tracked = self._requests.get(request.request_id)
-        if tracked is None or tracked.pending is None:
+        if tracked is None:
             return
         plan, tracked.pending = tracked.pending, None
         if num_external == 0:
+            plan = None
+        self._take_lookups(tracked, plan)
+        if plan is None:
             return
         if num_external != len(plan.claim):
             raise RuntimeError(
@@ -233,9 +245,61 @@ class SchedulerSide:
         for index in plan.encoder_inputs:
             item = tracked.item(index)
             self._encoder_rows.reserve(item.encoder_key, self._encoder_bytes(item))
-        staged = self._staging.tier_of(request.request_id) if self._staging else None
-        tracked.tier = staged or "cpu"
+        if request.prefill_stats is not None and request.num_preemptions == 0:
+            # What the sparse prefill computes is not cached; vLLM counts all of the claim as such.
+            request.prefill_stats.set(
+                num_prompt_tokens=request.prefill_stats.num_prompt_tokens,
+                num_local_cached_tokens=request.prefill_stats.num_local_cached_tokens,
+                num_external_cached_tokens=plan.num_reused,
+            )
+        tracked.loading = plan
         self._step_reuse.append(plan)
+
+    def _take_lookups(self, tracked: TrackedRequest, plan: ReusePlan | None) -> None:
+        """The request is admitted: note where its items were found, and count those that were not.
+
+        What the workers are to load is counted when they have.
+        """
+        req_id = tracked.request.request_id
+        planned = {reuse.item for reuse in plan.reused} if plan is not None else set()
+        if planned:
+            tracked.tier, tracked.tiers = "cpu", dict.fromkeys(planned, "cpu")
+        if self._staging is not None:
+            tracked.fetch_seconds = self._staging.waited_seconds(req_id)
+            if planned:
+                tracked.tier = self._staging.tier_of(req_id) or "cpu"
+        for item in tracked.wanted:
+            tier, outcome = self._lookup(tracked, item)
+            if item.index not in planned:
+                # Found, and yet not in the plan: there was no room, or planning failed.
+                self.statistics.looked_up(tier, "failed" if outcome == "hit" else outcome)
+            elif outcome == "hit" and tier is not None:
+                tracked.tiers[item.index] = tier
+        tracked.wanted = []
+
+    def _lookup(self, tracked: TrackedRequest, item: Item) -> tuple[str | None, Outcome]:
+        """Where an item's KV is, and whether it may be had."""
+        if self._is_gated:
+            return None, "skipped"
+        if self._donors.is_forbidden(item):
+            return "cpu", "skipped"
+        if self._staging is not None:
+            tier, outcome = self._staging.lookup(tracked.request.request_id, item)
+            if outcome != "miss":
+                return tier, outcome
+        return ("cpu", "hit") if self._donors.find(item) is not None else (None, "miss")
+
+    def external_tokens(self, request: Request) -> dict[str | None, int]:
+        """Claimed tokens of an admitted request: reused ones by their tier, as far as it is known
+        before they are loaded, and computed ones under None."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.loading is None:
+            return {}
+        plan, tokens = tracked.loading, Counter[str | None]()
+        for reuse in plan.reused:
+            tokens[tracked.tiers[reuse.item]] += reuse.num_reused
+        tokens[None] = len(plan.claim) - plan.num_reused
+        return +tokens
 
     def _may_reuse(self, tracked: TrackedRequest) -> bool:
         # vLLM throws the claim away when it is not to read its prefix cache.
@@ -245,18 +309,23 @@ class SchedulerSide:
             and not tracked.request.skip_reading_prefix_cache
         )
 
-    def _is_being_staged(self, tracked: TrackedRequest, num_computed: int) -> bool:
+    def _wanted(self, tracked: TrackedRequest, num_computed: int) -> list[Item]:
+        """Items that vLLM's prefix cache does not hold, and whose KV may be stored."""
+        if not self._may_reuse(tracked):
+            return []
+        return [
+            item
+            for item in tracked.items
+            if item.span.end > num_computed and len(item.span) >= self._config.min_segment_tokens
+        ]
+
+    def _is_being_staged(self, tracked: TrackedRequest) -> bool:
         """Whether what the request may reuse is still on its way into host memory."""
         if self._staging is None or not self._may_reuse(tracked):
             return False
         return self._staging.is_pending(
             tracked.request.request_id,
-            [
-                item
-                for item in tracked.items
-                if item.span.end > num_computed
-                and len(item.span) >= self._config.min_segment_tokens
-            ],
+            tracked.wanted,
             self._segment_bytes,
             self._encoder_bytes,
             functools.partial(self._saved_tokens, tracked.options),
@@ -267,7 +336,7 @@ class SchedulerSide:
         if not self._may_reuse(tracked):
             return None
         if self._is_gated or any(self._donors.is_forbidden(item) for item in tracked.items):
-            tracked.refusal = "gate"
+            tracked.is_gated = True
         plan = plan_reuse(
             request.request_id,
             tracked.items,
@@ -455,8 +524,7 @@ class SchedulerSide:
             assert self._kv_cache_manager is not None
             for key in {*report.stored, *report.lost}:
                 self._canonical.finish(key, self._kv_cache_manager.block_pool)
-        self.failures.update(report.failures)
-        self.events.update(report.events)
+        self.statistics.take_report(report)
         for key in report.lost:
             self._segments.lost(key)
         for key, ranks in report.encoder_stored.items():
@@ -475,11 +543,14 @@ class SchedulerSide:
                 logger.debug("VLCache: request %s: %s", req_id, tracked.report())
         self._finishing.clear()
 
-    @staticmethod
-    def _take_figures(tracked: TrackedRequest, figures: PrefillFigures) -> None:
+    def _take_figures(self, tracked: TrackedRequest, figures: PrefillFigures) -> None:
         tracked.figures = figures
-        if figures.is_on_device and tracked.tier == "cpu":
+        if tracked.tier == "cpu" and figures.reused and figures.on_device >= figures.reused.keys():
             tracked.tier = "device"
+        for item, tier in tracked.tiers.items():
+            if tier == "cpu" and item in figures.on_device:
+                tracked.tiers[item] = "device"
+        self.statistics.loaded(tracked)
 
     def request_finished(self, request: Request) -> dict[str, Any] | None:
         """Forget the request; its figures go back to the client."""
@@ -491,8 +562,8 @@ class SchedulerSide:
             self._staging.forget(request.request_id)
         if tracked is None:
             return None
-        if tracked.refusal is not None:
-            self.refused[tracked.refusal] += 1
+        if tracked.is_gated:
+            self.statistics.happened("refused.gate")
         self._give_up_captures(tracked)
         if tracked.context_sent:
             self._finished.append(request.request_id)

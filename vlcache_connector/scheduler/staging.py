@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..protocol import Fetched, FetchPlan, Item, slowest
+from ..protocol import Fetched, FetchPlan, Item, Outcome, slowest
 from ..store import Kind
 from .donors import Donors
 from .index import ResidencyIndex
@@ -37,16 +37,22 @@ class Ticket:
     """What one request waits for.
 
     Attributes:
-        expires: time (monotonic) after which it waits no longer.
+        since: time (monotonic) when it began to wait.
         wanted: fetches, by name, that there was no room for yet.
         running: names of fetches that are not settled.
+        kv: names of the fetches of its items' KV, by the items' indices.
+        ended: fetches, by name, as they ended.
         tier: slowest tier that something was fetched from.
+        waited_seconds: how long it waited, once it waits no longer.
     """
 
-    expires: float
+    since: float
     wanted: dict[str, _Fetch] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
+    kv: dict[int, str] = field(default_factory=dict)
+    ended: dict[str, Fetched] = field(default_factory=dict)
     tier: str | None = None
+    waited_seconds: float | None = None
 
 
 class Staging:
@@ -105,11 +111,12 @@ class Staging:
         """
         ticket = self._tickets.get(req_id)
         if ticket is None:
-            ticket = self._tickets[req_id] = Ticket(self._clock() + self._deadline_seconds)
+            ticket = self._tickets[req_id] = Ticket(self._clock())
             for item in items:
                 variants, saved = self._donors.candidates(item), saved_tokens(item)
                 if variants and saved > 0:
-                    self._want(ticket, _Fetch(item, "kv", segment_bytes(item), saved, variants))
+                    fetch = _Fetch(item, "kv", segment_bytes(item), saved, variants)
+                    ticket.kv[item.index] = self._want(ticket, fetch)
                 if item.encoder_key not in self._encoder_rows:
                     rows: dict[str, int | None] = {item.encoder_key: None}
                     self._want(ticket, _Fetch(item, "encoder", encoder_bytes(item), 0, rows))
@@ -118,12 +125,18 @@ class Staging:
             if self._begin(name, ticket.wanted[name]):
                 del ticket.wanted[name]
                 ticket.running.add(name)
-        is_waiting = ticket.running or ticket.wanted
-        return bool(is_waiting) and self._clock() < ticket.expires
+        waited = self._clock() - ticket.since
+        if (ticket.running or ticket.wanted) and waited < self._deadline_seconds:
+            return True
+        if ticket.waited_seconds is None:
+            ticket.waited_seconds = waited
+        return False
 
     @staticmethod
-    def _want(ticket: Ticket, fetch: _Fetch) -> None:
-        ticket.wanted[next(iter(fetch.candidates))] = fetch
+    def _want(ticket: Ticket, fetch: _Fetch) -> str:
+        name = next(iter(fetch.candidates))
+        ticket.wanted[name] = fetch
+        return name
 
     def _begin(self, name: str, fetch: _Fetch) -> bool:
         if name in self._running:
@@ -146,6 +159,9 @@ class Staging:
                 self._settle(name, fetch, fetch.ended)
 
     def _settle(self, name: str, fetch: _Fetch, ended: Fetched) -> None:
+        for ticket in self._tickets.values():
+            if name in ticket.running:
+                ticket.ended[name] = ended
         if ended.key is None or not self._reserve(fetch, ended.key):
             del self._running[name]
             if ended.num_bytes:
@@ -188,6 +204,24 @@ class Staging:
         """Slowest tier that a request's segments were fetched from; None: none were."""
         ticket = self._tickets.get(req_id)
         return None if ticket is None else ticket.tier
+
+    def waited_seconds(self, req_id: str) -> float:
+        """How long a request waited for its fetches."""
+        ticket = self._tickets.get(req_id)
+        return 0.0 if ticket is None else ticket.waited_seconds or 0.0
+
+    def lookup(self, req_id: str, item: Item) -> tuple[str | None, Outcome]:
+        """What became of looking for an item's KV below host memory, and the tier it is in."""
+        ticket = self._tickets.get(req_id)
+        name = None if ticket is None else ticket.kv.get(item.index)
+        if ticket is None or name is None:
+            return None, "miss"
+        ended = ticket.ended.get(name)
+        if ended is None:
+            return None, "late"
+        if ended.key is not None:
+            return ended.tier, "hit"
+        return ended.tier, ended.no_answer or "miss"
 
     def forget(self, req_id: str) -> None:
         """A request has ended."""

@@ -22,6 +22,8 @@ TierName = Literal["disk", "redis"]
 TIER_NAMES: tuple[TierName, ...] = get_args(TierName)
 Fault = Literal["timeout", "connection", "auth", "full", "damaged", "other"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
+NoAnswer = Literal["skipped", "failed"]
+"""Why a tier did not say whether it has a segment: nobody asked it, or asking failed."""
 
 
 class TierError(Exception):

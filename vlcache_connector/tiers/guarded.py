@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 from typing_extensions import Buffer
 
-from .base import Deadline, Fault, Name, Tier, TierError, TierName
+from .base import Deadline, Fault, Name, NoAnswer, Tier, TierError, TierName
 from .breaker import CircuitBreaker
 
 logger = logging.getLogger(__name__)
@@ -80,10 +80,15 @@ class TransferTime:
 
     def estimate(self, num_bytes: int) -> float | None:
         """Seconds for a transfer of this many bytes; None before the first one."""
+        line = self.line()
+        return None if line is None else line[0] + line[1] * num_bytes
+
+    def line(self) -> tuple[float, float] | None:
+        """Latency in seconds, and seconds per byte; None before the first transfer."""
         with self._lock:
             means = self._means
         if self._latency is not None and self._bandwidth is not None:
-            return self._latency + num_bytes / self._bandwidth
+            return self._latency, 1 / self._bandwidth
         if means is None:
             return None
         size, seconds, product, square = means
@@ -100,7 +105,7 @@ class TransferTime:
             slope = (product - size * seconds + prior * rate) / (variance + prior)
             slope = min(max(slope, 0.0), rate)
         latency = self._latency if self._latency is not None else seconds - slope * size
-        return max(0.0, latency) + slope * num_bytes
+        return max(0.0, latency), slope
 
 
 class GuardedTier:
@@ -144,17 +149,23 @@ class GuardedTier:
         """Seconds that reading a segment of this many bytes takes; None: nothing known."""
         return self._read_time.estimate(num_bytes)
 
+    def read_line(self) -> tuple[float, float] | None:
+        """Latency of reading in seconds, and seconds per byte; None: nothing known."""
+        return self._read_time.line()
+
     def estimate_write_seconds(self, num_bytes: int) -> float | None:
         """Seconds that writing a segment of this many bytes takes; None: nothing known."""
         return self._write_time.estimate(num_bytes)
 
-    def sizes(self, names: Sequence[Name], deadline: Deadline) -> list[int | None]:
-        """As `Tier.sizes`; nothing is stored when it fails."""
+    def sizes(self, names: Sequence[Name], deadline: Deadline) -> list[int | None] | NoAnswer:
+        """As `Tier.sizes`, if the tier gives an answer."""
         found = self._call("sizes", deadline, lambda: self._tier.sizes(names, deadline))
-        return [None] * len(names) if found is None else found[0]
+        return found if isinstance(found, str) else found[0]
 
-    def read(self, name: Name, max_bytes: int, deadline: Deadline) -> list[memoryview] | None:
-        """As `Tier.read`; None when it fails. What the tier itself finds damaged is removed."""
+    def read(
+        self, name: Name, max_bytes: int, deadline: Deadline
+    ) -> list[memoryview] | NoAnswer | None:
+        """As `Tier.read`, if the tier gives an answer. What it finds damaged itself is removed."""
         damaged = False
 
         def read() -> list[memoryview] | None:
@@ -168,9 +179,11 @@ class GuardedTier:
         found = self._call("read", deadline, read)
         if damaged:
             self.remove([name], deadline)
-        if found is None or found[0] is None:
+        if isinstance(found, str):
+            return found
+        objects, seconds = found
+        if objects is None:
             return None
-        objects, seconds = found[0], found[1]
         num_bytes = sum(obj.nbytes for obj in objects)
         with self._lock:
             self._counters.bytes_read += num_bytes
@@ -181,7 +194,7 @@ class GuardedTier:
     def write(self, name: Name, objects: Sequence[Buffer], deadline: Deadline) -> bool:
         """As `Tier.write`; whether it was stored."""
         done = self._call("write", deadline, lambda: self._tier.write(name, objects, deadline))
-        if done is None:
+        if isinstance(done, str):
             return False
         num_bytes = sum(memoryview(obj).nbytes for obj in objects)
         with self._lock:
@@ -193,7 +206,7 @@ class GuardedTier:
     def remove(self, names: Sequence[Name], deadline: Deadline) -> int:
         """As `Tier.remove`; zero when it fails."""
         done = self._call("remove", deadline, lambda: self._tier.remove(names, deadline))
-        return 0 if done is None else done[0]
+        return 0 if isinstance(done, str) else done[0]
 
     def damaged(self, name: Name, deadline: Deadline) -> None:
         """Report that what `read` returned is no valid segment: it is counted and removed."""
@@ -204,7 +217,7 @@ class GuardedTier:
     def record_model(self, fingerprint: str, model_name: str, deadline: Deadline) -> bool:
         """As `Tier.record_model`; whether it was noted."""
         record = lambda: self._tier.record_model(fingerprint, model_name, deadline)  # noqa: E731
-        return self._call("record_model", deadline, record) is not None
+        return not isinstance(self._call("record_model", deadline, record), str)
 
     def take_counters(self) -> TierCounters:
         """The counters since the last time; they begin at zero again."""
@@ -221,17 +234,16 @@ class GuardedTier:
 
     def _call(
         self, operation: Operation, deadline: Deadline, call: Callable[[], T]
-    ) -> tuple[T, float] | None:
-        """What a call returned, and how long it took in seconds; None when it was not made or
-        failed."""
+    ) -> tuple[T, float] | NoAnswer:
+        """What a call returned, and how long it took in seconds."""
         if deadline.seconds_left == 0.0:  # the caller came too late; the tier has no part in it
             self._count(operation, "timeout")
-            return None
+            return "failed"
         permit = self._breaker.acquire()
         if permit is None:
             with self._lock:
                 self._counters.skipped[operation] += 1
-            return None
+            return "skipped"
         started = time.monotonic()
         failure: str | None = "interrupted"
         try:
@@ -240,12 +252,12 @@ class GuardedTier:
         except TierError as error:
             self._count(operation, error.fault)
             failure = None if error.fault in _ANSWERS else f"{error.fault}: {error}"
-            return None
+            return "failed"
         except Exception as error:
             self._count(operation, "other")
             self._log_once(operation, error)
             failure = f"other: {type(error).__name__}"
-            return None
+            return "failed"
         finally:
             seconds = time.monotonic() - started
             # Requests wait for lookups and reads only.

@@ -29,7 +29,7 @@ class LoadedPlan:
         segments: item -> read handle of its donor's segment.
         placed: item -> the same segment at its place in the request.
         encoder_rows: read handles of the encoder rows that the jobs use.
-        is_on_device: no segment had to be copied from host memory.
+        on_device: items whose segments need not be copied from host memory.
         fallback: why less is reused than was planned.
     """
 
@@ -38,7 +38,7 @@ class LoadedPlan:
     segments: dict[int, Segment] = field(default_factory=dict)
     placed: dict[int, PlacedSegment] = field(default_factory=dict)
     encoder_rows: list[Segment] = field(default_factory=list)
-    is_on_device: bool = True
+    on_device: set[int] = field(default_factory=set)
     fallback: str | None = None
 
     def compute_instead(self, items: Sequence[int], why: str) -> None:
@@ -88,7 +88,8 @@ class Loader:
         loaded = [LoadedPlan(plan, requests[plan.req_id]) for plan in plans]
         wanted = [(entry, reuse) for entry in loaded for reuse in entry.plan.reused]
         for entry, reuse in wanted:
-            entry.is_on_device &= self._storage.is_on_device(reuse.donor)
+            if self._storage.is_on_device(reuse.donor):
+                entry.on_device.add(reuse.item)
         found = [self._storage.get(reuse.donor, "kv") for _, reuse in wanted]
         usable = all_ranks_have(
             [

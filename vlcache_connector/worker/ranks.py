@@ -11,6 +11,12 @@ import torch
 from vllm.distributed.parallel_state import get_tp_group
 
 
+def own_rank() -> int:
+    """This worker's tensor-parallel rank."""
+    rank: int = get_tp_group().rank_in_group
+    return rank
+
+
 def all_ranks_have(flags: Sequence[bool]) -> list[bool]:
     """Elementwise AND over all ranks, in a blocking exchange on the host.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 
-from ..protocol import Fetched, FetchPlan
+from ..protocol import Fetched, FetchPlan, TierState
 from ..store import Kind, LMCacheSegmentStore, Segment, SegmentStore
 from ..support import config_of, engine_id, kv_shape, model_fingerprint
 from ..tiers import open_tiers
@@ -119,6 +119,10 @@ class Storage:
     def take_events(self) -> Counter[str]:
         """What happened in the tiers below since the last call, by kind."""
         return Counter() if self._transfers is None else self._transfers.take_events()
+
+    def tier_states(self) -> dict[str, TierState]:
+        """What is known of the tiers below, by name."""
+        return {} if self._transfers is None else self._transfers.tier_states()
 
     def flush(self, seconds: float) -> bool:
         """Wait until disk and Redis have what was stored; whether they have."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from vllm.logger import init_logger
 
-from ..protocol import Fetched, FetchPlan
+from ..protocol import Fetched, FetchPlan, TierState, worse
 from ..store import EncodedSegment, Kind, RefusedObject, SegmentStore
-from ..tiers import Deadline, GuardedTier, Name, TierName
+from ..tiers import Deadline, GuardedTier, Name, NoAnswer, TierName
 from .pace import Pace
 
 logger = init_logger(__name__)
@@ -36,6 +36,19 @@ class _Arrival:
     kind: Kind
     tier: TierName
     objects: Sequence[memoryview]
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """Nothing was found.
+
+    Attributes:
+        tier: slowest one that gave no answer; None: none has the segment.
+        no_answer: why.
+    """
+
+    tier: TierName | None = None
+    no_answer: NoAnswer | None = None
 
 
 @dataclass(frozen=True)
@@ -102,19 +115,20 @@ class Transfers:
         self._readers.submit(self._fetch, plan)
 
     def _fetch(self, plan: FetchPlan) -> None:
-        arrival = None
+        found: _Arrival | _Missing = _Missing(no_answer="failed")
         try:
             if not self._is_closed:
-                arrival = self._look_for(plan)
+                found = self._look_for(plan)
         except Exception:
             self._count("fetch.failed")
             logger.exception("VLCache: fetch of segment %s failed", plan.keys[0][:16])
-        num_bytes = sum(map(len, arrival.objects)) if arrival else 0
+        arrival = found if isinstance(found, _Arrival) else None
         ended = Fetched(
             ranks=1,
             key=arrival.key if arrival else None,
-            tier=arrival.tier if arrival else None,
-            num_bytes=num_bytes,
+            tier=found.tier,
+            num_bytes=sum(map(len, arrival.objects)) if arrival else 0,
+            no_answer=None if isinstance(found, _Arrival) else found.no_answer,
         )
         with self._changed:
             self._running -= 1
@@ -123,29 +137,48 @@ class Transfers:
                 self._arrived[plan.keys[0]] = arrival
             self._changed.notify_all()
 
-    def _look_for(self, plan: FetchPlan) -> _Arrival | None:
-        names = [Name(plan.kind, key, *self._place) for key in plan.keys]
+    def _look_for(self, plan: FetchPlan) -> _Arrival | _Missing:
+        missing = _Missing()
         deadline = Deadline(self._read_seconds)
         for tier in self._tiers:
-            sizes = tier.sizes(names, deadline)
-            for name, num_bytes in zip(names, sizes, strict=True):
-                if num_bytes is None:
-                    continue
-                if not self._is_worth(tier, num_bytes, plan.saved_tokens):
-                    self._count(f"{tier.name}.read.not_worth")
-                    break
-                objects = tier.read(name, plan.max_bytes, deadline)
-                if objects is None:
-                    continue
-                try:
-                    self._store.check_encoded(name.key, name.kind, objects)
-                except RefusedObject as refusal:
-                    self._count(f"{tier.name}.read.refused_{refusal.reason}")
-                    logger.warning("VLCache: %s segment refused: %s", tier.name, refusal)
-                    tier.damaged(name, deadline)
-                    continue
-                return _Arrival(name.key, name.kind, tier.name, objects)
-        return None
+            found = self._look_in(tier, plan, deadline)
+            if isinstance(found, _Arrival):
+                return found
+            if found is not None:
+                missing = _Missing(tier.name, worse(missing.no_answer, found))
+        return missing
+
+    def _look_in(
+        self, tier: GuardedTier, plan: FetchPlan, deadline: Deadline
+    ) -> _Arrival | NoAnswer | None:
+        """The best segment that a tier has; None: it has none."""
+        names = [Name(plan.kind, key, *self._place) for key in plan.keys]
+        sizes = tier.sizes(names, deadline)
+        if isinstance(sizes, str):
+            return sizes
+        no_answer: NoAnswer | None = None
+        for name, num_bytes in zip(names, sizes, strict=True):
+            if num_bytes is None:
+                continue
+            if not self._is_worth(tier, num_bytes, plan.saved_tokens):
+                self._count(f"{tier.name}.read.not_worth")
+                return worse(no_answer, "skipped")
+            objects = tier.read(name, plan.max_bytes, deadline)
+            if objects is None:
+                continue
+            if isinstance(objects, str):
+                no_answer = worse(no_answer, objects)
+                continue
+            try:
+                self._store.check_encoded(name.key, name.kind, objects)
+            except RefusedObject as refusal:
+                self._count(f"{tier.name}.read.refused_{refusal.reason}")
+                logger.warning("VLCache: %s segment refused: %s", tier.name, refusal)
+                tier.damaged(name, deadline)
+                no_answer = "failed"
+                continue
+            return _Arrival(name.key, name.kind, tier.name, objects)
+        return no_answer
 
     def _is_worth(self, tier: GuardedTier, num_bytes: int, saved_tokens: int) -> bool:
         seconds = tier.estimate_read_seconds(num_bytes)
@@ -216,6 +249,15 @@ class Transfers:
             events[f"{tier.name}.read.bytes"] += counters.bytes_read
             events[f"{tier.name}.write.bytes"] += counters.bytes_written
         return +events
+
+    def tier_states(self) -> dict[str, TierState]:
+        """What is known of each tier, by name."""
+        states = {}
+        for tier in self._tiers:
+            latency, seconds_per_byte = tier.read_line() or (None, None)
+            speed = 1 / seconds_per_byte if seconds_per_byte else None
+            states[str(tier.name)] = TierState(tier.breaker.state, latency, speed)
+        return states
 
     # -- writing ----------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from ..protocol import (
     ReusePlan,
     StepPlan,
     StepReport,
+    WorkerState,
 )
 from ..support import KVShape, UnsupportedError
 from .capture import SegmentCapture
@@ -31,6 +32,7 @@ from .injection import Injection
 from .loader import LoadedPlan, Loader
 from .model import SparsePrefillModel
 from .pace import Pace
+from .ranks import own_rank
 from .sparse_prefill import RequestInputs, SparsePrefill
 from .storage import Storage
 
@@ -203,12 +205,12 @@ class WorkerSide:
         for entry, by_layer in zip(filled, computed, strict=True):
             plan = entry.plan
             self._report.figures[plan.req_id] = PrefillFigures(
-                reused_tokens=plan.num_reused,
+                reused={reuse.item: reuse.num_reused for reuse in plan.reused},
                 recomputed_tokens=plan.num_recomputed,
                 computed_by_layer=by_layer,
                 load_seconds=fetch_seconds + injection.seconds,
                 sparse_prefill_seconds=compute_seconds,
-                is_on_device=entry.is_on_device,
+                on_device=frozenset(entry.on_device),
                 fallback=entry.fallback,
             )
             self._completed += [(plan.req_id, item, key) for item, key in plan.captures.items()]
@@ -307,9 +309,12 @@ class WorkerSide:
         """
         report, self._report = self._report, StepReport()
         report.fetched = dict(self._storage.take_fetched(_IDLE_SECONDS if is_idle else 0.0))
-        for event, count in self._storage.take_events().items():
-            report.events[event] = count
-        return None if report.is_empty() else report
+        report.events |= self._storage.take_events()
+        if report.is_empty():
+            return None
+        state = WorkerState(self._pace.tokens_per_second, self._storage.tier_states())
+        report.states[own_rank()] = state
+        return report
 
     def take_invalid_blocks(self) -> set[int]:
         """KV blocks of claims that could not be filled."""

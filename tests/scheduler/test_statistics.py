@@ -1,0 +1,288 @@
+"""What the scheduler side counts: events by their metric, ranks once, gauges when they change."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any, get_args
+
+import pytest
+from vllm import SamplingParams
+from vllm.v1.request import Request
+
+from vlcache_connector import metrics
+from vlcache_connector.config import RequestOptions
+from vlcache_connector.metrics import Metric, VLCacheStats
+from vlcache_connector.protocol import (
+    Item,
+    ItemReuse,
+    Outcome,
+    PrefillFigures,
+    ReusePlan,
+    Span,
+    Stage,
+    StepReport,
+    TierState,
+    WorkerState,
+)
+from vlcache_connector.scheduler.index import ResidencyIndex
+from vlcache_connector.scheduler.requests import Refusal, TrackedRequest
+from vlcache_connector.scheduler.statistics import Statistics
+from vlcache_connector.store import RefusalReason
+from vlcache_connector.tiers import FAULTS, TIER_NAMES
+
+
+class World:
+    """Statistics over two indices of two ranks."""
+
+    def __init__(self) -> None:
+        self.segments = ResidencyIndex(100, 2)
+        self.rows = ResidencyIndex(100, 2)
+        self.statistics = Statistics({"kv": self.segments, "encoder": self.rows})
+        self.start = self.statistics.take()
+
+    def taken(self, metric: Metric) -> dict[tuple[str, ...], Any]:
+        """What is new of one metric; the rest is thrown away."""
+        return values(self.statistics.take(), metric)
+
+
+def values(stats: VLCacheStats | None, metric: Metric) -> dict[tuple[str, ...], Any]:
+    return {} if stats is None else stats.data.get(metric.name, {})
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def state(
+    tokens_per_second: float | None = 1000.0,
+    breaker: str = "closed",
+    latency: float | None = 0.5,
+    speed: float | None = 100.0,
+) -> WorkerState:
+    return WorkerState(tokens_per_second, {"disk": TierState(breaker, latency, speed)})
+
+
+def loaded_request(figures: PrefillFigures, **tracking: Any) -> TrackedRequest:
+    """A request with two images of 20 tokens each, behind 10 tokens of text each."""
+    spans = Span(10, 30), Span(40, 60)
+    items = tuple(Item(i, span, i, f"key {i}", f"rows {i}") for i, span in enumerate(spans))
+    reused = tuple(
+        ItemReuse(
+            item.index,
+            item.key,
+            item.span,
+            (Stage(0, (Span(item.span.start, item.span.start + 2),)),),
+        )
+        for item in items
+    )
+    request = Request(
+        request_id="r",
+        prompt_token_ids=list(range(70)),
+        sampling_params=SamplingParams(max_tokens=1),
+        pooling_params=None,
+    )
+    return TrackedRequest(
+        request,
+        items,
+        RequestOptions(),
+        loading=ReusePlan("r", Span(0, 60), reused),
+        figures=figures,
+        **{"tier": "disk", "tiers": {0: "cpu", 1: "disk"}} | tracking,
+    )
+
+
+FIGURES = PrefillFigures({0: 18, 1: 18}, 4, (24, 24), load_seconds=0.5, sparse_prefill_seconds=0.25)
+
+
+def test_nothing_is_told_while_nothing_happens(world: World) -> None:
+    assert world.start is not None  # of the gauges
+    assert world.statistics.take() is None
+    world.statistics.take_report(StepReport())
+    assert world.statistics.take() is None
+
+
+def test_what_was_taken_is_new_once_and_is_still_known_by_name(world: World) -> None:
+    world.statistics.happened("refused.gate")
+    assert world.taken(metrics.REFUSED) == {("gate",): 1}
+    assert world.statistics.take() is None
+    world.statistics.happened("refused.gate")
+    assert world.taken(metrics.REFUSED) == {("gate",): 1}
+    assert world.statistics.events == {"refused.gate": 2}
+
+
+EVENTS = {
+    **{f"refused.{reason}": (metrics.REFUSED, reason) for reason in (*get_args(Refusal), "gate")},
+    **{
+        f"disk.read.refused_{reason}": (metrics.REFUSED, reason)
+        for reason in get_args(RefusalReason)
+    },
+    **{f"{tier}.read.bytes": (metrics.READ_BYTES, tier) for tier in TIER_NAMES},
+    **{f"{tier}.write.bytes": (metrics.WRITTEN_BYTES, tier) for tier in TIER_NAMES},
+    **{
+        f"redis.{operation}.{fault}": (metrics.FELL_BACK, f"tier_{fault}")
+        for operation in ("sizes", "read", "write", "remove", "record_model")
+        for fault in FAULTS
+        if fault != "damaged"
+    },
+    "redis.read.damaged": (metrics.REFUSED, "damaged"),
+    "redis.sizes.skipped": (metrics.REFUSED, "breaker"),
+    "redis.write.skipped": (metrics.REFUSED, "breaker"),
+    "disk.read.not_worth": (metrics.REFUSED, "not_worth"),
+    "admit.no_room": (metrics.REFUSED, "no_room"),
+    "write.queue_full": (metrics.REFUSED, "queue_full"),
+    "fetch.failed": (metrics.FELL_BACK, "fetch"),
+    **{
+        f"failed.{what}": (metrics.FELL_BACK, what)
+        for what in ("read", "plan", "store", "canonical")
+    },
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_an_event_is_counted_by_its_metric_under_a_label_of_the_table(
+    world: World, event: str
+) -> None:
+    metric, label = EVENTS[event]
+    [allowed] = metric.labels.values()
+    assert label in allowed
+    world.statistics.take_report(StepReport(events={event: 3}))
+    stats = world.statistics.take()
+    assert stats is not None
+    assert stats.data == {metric.name: {(label,): 3}}
+
+
+@pytest.mark.parametrize("event", ["disk.read.calls", "failed.load", "failed.sparse prefill"])
+def test_what_no_metric_counts_is_known_by_name_only(world: World, event: str) -> None:
+    world.statistics.happened(event)
+    assert world.statistics.take() is None
+    assert world.statistics.events == {event: 1}
+
+
+@pytest.mark.parametrize("outcome", get_args(Outcome))
+def test_lookups_are_counted_by_tier_and_outcome(world: World, outcome: Outcome) -> None:
+    assert set(get_args(Outcome)) == set(metrics.OUTCOMES)
+    world.statistics.looked_up(None, outcome)
+    world.statistics.looked_up("redis", outcome)
+    stats = world.statistics.take()
+    assert values(stats, metrics.LOOKUPS) == {("none", outcome): 1, ("redis", outcome): 1}
+    late = {("late",): 2} if outcome == "late" else {}
+    assert values(stats, metrics.REFUSED) == late
+
+
+def test_a_loaded_request_is_counted_by_the_tiers_of_its_images(world: World) -> None:
+    world.statistics.take_report(StepReport(states={0: state(tokens_per_second=20.0)}))
+    world.statistics.loaded(loaded_request(FIGURES, fetch_seconds=0.125))
+    stats = world.statistics.take()
+    assert values(stats, metrics.LOOKUPS) == {("cpu", "hit"): 1, ("disk", "hit"): 1}
+    assert values(stats, metrics.REUSED_TOKENS) == {("cpu",): 18, ("disk",): 18}
+    assert values(stats, metrics.RECOMPUTED_TOKENS) == {(): 4}
+    assert values(stats, metrics.SPARSE_PREFILL_TOKENS) == {(): 24}
+    assert values(stats, metrics.LOAD_SECONDS) == {("disk",): [0.625]}
+    assert values(stats, metrics.SPARSE_PREFILL_SECONDS) == {(): [0.25]}
+    # 60 claimed tokens would have taken 3 s.
+    assert values(stats, metrics.SAVED_SECONDS) == {(): pytest.approx(3 - 0.625 - 0.25)}
+    assert values(stats, metrics.FELL_BACK) == {}
+
+
+@pytest.mark.parametrize(("speed", "saved"), [(None, {}), (100.0, {(): 0.0})])
+def test_a_request_that_lost_time_and_one_of_unknown_worth_have_saved_none(
+    world: World, speed: float | None, saved: dict[tuple[str, ...], float]
+) -> None:
+    world.statistics.take_report(StepReport(states={0: state(tokens_per_second=speed)}))
+    world.statistics.loaded(loaded_request(FIGURES))
+    assert world.taken(metrics.SAVED_SECONDS) == saved
+
+
+def test_what_was_lost_at_the_load_is_a_failed_lookup_and_a_fallback(world: World) -> None:
+    figures = PrefillFigures({0: 18}, 2, (42, 42), fallback="segment lost")
+    world.statistics.loaded(loaded_request(figures))
+    stats = world.statistics.take()
+    assert values(stats, metrics.LOOKUPS) == {("cpu", "hit"): 1, ("disk", "failed"): 1}
+    assert values(stats, metrics.FELL_BACK) == {("segment_lost",): 1}
+    assert values(stats, metrics.REUSED_TOKENS)[("cpu",)] == 18
+    world.statistics.loaded(loaded_request(PrefillFigures(fallback="failed")))
+    stats = world.statistics.take()
+    assert values(stats, metrics.LOOKUPS) == {("cpu", "failed"): 1, ("disk", "failed"): 1}
+    assert values(stats, metrics.FELL_BACK) == {("failed",): 1}
+    assert values(stats, metrics.LOAD_SECONDS) == {}
+    assert values(stats, metrics.SPARSE_PREFILL_SECONDS) == {}
+
+
+def test_two_ranks_sum_their_bytes_and_count_tokens_and_segments_once(world: World) -> None:
+    for index in (world.segments, world.rows):
+        index.reserve("a", 10)
+    ranks = [
+        StepReport(
+            stored={"a": 1},
+            encoder_stored={"a": 1},
+            figures={"r": FIGURES},
+            events={"disk.read.bytes": 100 + rank},
+            states={rank: state()},
+        )
+        for rank in range(2)
+    ]
+    report = reduce(StepReport.aggregate, ranks)
+    for key, count in report.stored.items():
+        world.segments.stored(key, count)
+    for key, count in report.encoder_stored.items():
+        world.rows.stored(key, count)
+    world.statistics.take_report(report)
+    [figures] = report.figures.values()
+    world.statistics.loaded(loaded_request(figures))
+    stats = world.statistics.take()
+    assert values(stats, metrics.READ_BYTES) == {("disk",): 201}
+    assert values(stats, metrics.STORED_SEGMENTS) == {("kv",): 1, ("encoder",): 1}
+    assert values(stats, metrics.STORED_BYTES) == {("kv",): 10, ("encoder",): 10}
+    assert values(stats, metrics.LOOKUPS) == {("cpu", "hit"): 1, ("disk", "hit"): 1}
+    assert values(stats, metrics.REUSED_TOKENS) == {("cpu",): 18, ("disk",): 18}
+    assert values(stats, metrics.SPARSE_PREFILL_TOKENS) == {(): 24}
+
+
+def test_gauges_are_those_of_the_slowest_rank_whoever_reports(world: World) -> None:
+    slow = state(500.0, "half_open", latency=0.75, speed=None)
+    fast = state(900.0, "closed", latency=0.25, speed=100.0)
+    world.statistics.take_report(
+        StepReport(states={0: slow}).aggregate(StepReport(states={1: fast}))
+    )
+    stats = world.statistics.take()
+    assert values(stats, metrics.PREFILL_TOKENS_PER_SECOND) == {(): 500.0}
+    assert values(stats, metrics.BREAKER_STATE) == {("disk",): 1}
+    assert values(stats, metrics.TIER_LATENCY_SECONDS) == {("disk",): 0.75}
+    assert values(stats, metrics.TIER_BYTES_PER_SECOND) == {("disk",): 100.0}
+    # A step in which only the fast one has news.
+    world.statistics.take_report(StepReport(states={1: state(800.0, "open", 0.25, 50.0)}))
+    stats = world.statistics.take()
+    assert stats is not None
+    assert stats.data == {
+        metrics.BREAKER_STATE.name: {("disk",): 2},
+        metrics.TIER_BYTES_PER_SECOND.name: {("disk",): 50.0},
+    }
+
+
+def test_segments_in_host_memory(world: World) -> None:
+    for key in "ab":
+        assert world.segments.reserve(key, 50)
+        world.segments.stored(key, 2)
+    world.segments.promise("b")
+    world.rows.reserve("rows", 10)
+    world.rows.stored("rows", 2)
+    world.rows.promise("rows")
+    stats = world.statistics.take()
+    assert values(stats, metrics.STORED_SEGMENTS) == {("kv",): 2, ("encoder",): 1}
+    assert values(stats, metrics.STORED_BYTES) == {("kv",): 100, ("encoder",): 10}
+    assert values(stats, metrics.PINNED_SEGMENTS) == {(): 2}
+    assert world.segments.reserve("c", 50)
+    assert not world.segments.reserve("d", 50)
+    for index in (world.segments, world.rows):
+        index.settle()
+        index.settle()
+    stats = world.statistics.take()
+    assert values(stats, metrics.EVICTED_SEGMENTS) == {("kv",): 1}
+    assert values(stats, metrics.REFUSED) == {("no_room",): 1}
+    assert values(stats, metrics.PINNED_SEGMENTS) == {(): 0}
+    assert values(stats, metrics.STORED_BYTES) == {}  # as many as before
+    world.rows.clear()
+    stats = world.statistics.take()
+    assert values(stats, metrics.EVICTED_SEGMENTS) == {}
+    assert values(stats, metrics.STORED_BYTES) == {("encoder",): 0}

@@ -1,0 +1,154 @@
+"""What happens, counted: for vLLM's metrics, and by name for whoever looks closer."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from .. import metrics
+from ..metrics import Metric, VLCacheStats
+from ..protocol import Outcome, StepReport, TierState, WorkerState
+from .index import ResidencyIndex
+from .requests import TrackedRequest
+
+
+class Statistics:
+    """Counts what the scheduler side sees and what the workers report.
+
+    Args:
+        indices: of host memory, by the kind of what they hold.
+    """
+
+    def __init__(self, indices: Mapping[str, ResidencyIndex]) -> None:
+        self._indices = indices
+        self.events: Counter[str] = Counter()
+        """What went wrong, was refused, or happened in the tiers, by name, since the start."""
+        self._new = VLCacheStats()
+        self._told: dict[tuple[str, ...], float] = {}
+        """Name and labels of a gauge -> its value when it was last told."""
+        self._workers: dict[int, WorkerState] = {}
+
+    def happened(self, event: str, count: int = 1) -> None:
+        """Count an event: `failed.<what>`, `refused.<why>`, or one of a worker's."""
+        self.events[event] += count
+        counter = _counter_of(event)
+        if counter is not None:
+            metric, label = counter
+            self._new.add(metric, label, amount=count)
+
+    def looked_up(self, tier: str | None, outcome: Outcome) -> None:
+        """The KV of a request's item was looked for.
+
+        Args:
+            tier: that it was found in, or that gave no answer.
+        """
+        self._new.add(metrics.LOOKUPS, tier or metrics.NOWHERE, outcome)
+        if outcome == "late":
+            self.happened("refused.late")
+
+    def take_report(self, report: StepReport) -> None:
+        """Take in the workers' events and what they have learned."""
+        for event, count in report.events.items():
+            self.happened(event, count)
+        self._workers |= report.states
+
+    def loaded(self, tracked: TrackedRequest) -> None:
+        """A request's claim was filled: its figures are there."""
+        figures, plan = tracked.figures, tracked.loading
+        assert figures is not None
+        assert plan is not None
+        if figures.fallback is not None:
+            self.happened(f"fallback.{figures.fallback.replace(' ', '_')}")
+        for item, tier in tracked.tiers.items():
+            self.looked_up(tier, "hit" if item in figures.reused else "failed")
+            self._new.add(metrics.REUSED_TOKENS, tier, amount=figures.reused.get(item, 0))
+        self._new.add(metrics.RECOMPUTED_TOKENS, amount=figures.recomputed_tokens)
+        self._new.add(metrics.SPARSE_PREFILL_TOKENS, amount=figures.computed_tokens)
+        if figures.computed_tokens:
+            seconds = figures.sparse_prefill_seconds
+            self._new.observe(metrics.SPARSE_PREFILL_SECONDS, value=seconds)
+        load_seconds = tracked.fetch_seconds + figures.load_seconds
+        if figures.reused and tracked.tier is not None:
+            self._new.observe(metrics.LOAD_SECONDS, tracked.tier, value=load_seconds)
+        speed = self._prefill_speed()
+        if figures.reused and speed is not None:
+            spent = load_seconds + figures.sparse_prefill_seconds
+            saved = max(0.0, len(plan.claim) / speed - spent)
+            self._new.add(metrics.SAVED_SECONDS, amount=saved)
+
+    def _prefill_speed(self) -> float | None:
+        return _slowest(state.tokens_per_second for state in self._workers.values())
+
+    def take(self) -> VLCacheStats | None:
+        """What is new since the last call; None: nothing."""
+        for kind, index in self._indices.items():
+            for event, count in index.take_events().items():
+                if event == "no_room":
+                    self.happened("refused.no_room", count)
+                else:
+                    stored_or_evicted = {
+                        "stored": metrics.STORED_SEGMENTS,
+                        "evicted": metrics.EVICTED_SEGMENTS,
+                    }[event]
+                    self._new.add(stored_or_evicted, kind, amount=count)
+            self._set(metrics.STORED_BYTES, kind, value=index.used_bytes)
+        pinned = sum(index.num_promised for index in self._indices.values())
+        self._set(metrics.PINNED_SEGMENTS, value=pinned)
+        if self._workers:
+            self._set(metrics.PREFILL_TOKENS_PER_SECOND, value=self._prefill_speed())
+            self._set_tiers()
+        if self._new.is_empty():
+            return None
+        new, self._new = self._new, VLCacheStats()
+        return new
+
+    def _set_tiers(self) -> None:
+        """The slowest rank of each tier, and the worst breaker."""
+        by_tier: dict[str, list[TierState]] = {}
+        for worker in self._workers.values():
+            for tier, state in worker.tiers.items():
+                by_tier.setdefault(tier, []).append(state)
+        for tier, states in by_tier.items():
+            breaker = max(metrics.BREAKER_STATES.index(state.breaker) for state in states)
+            self._set(metrics.BREAKER_STATE, tier, value=breaker)
+            speed = _slowest(state.bytes_per_second for state in states)
+            self._set(metrics.TIER_BYTES_PER_SECOND, tier, value=speed)
+            latencies = [s.latency_seconds for s in states if s.latency_seconds is not None]
+            self._set(metrics.TIER_LATENCY_SECONDS, tier, value=max(latencies, default=None))
+
+    def _set(self, metric: Metric, *labels: str, value: float | None) -> None:
+        """Set a gauge, if it has changed."""
+        if value is not None and self._told.get((metric.name, *labels)) != value:
+            self._told[metric.name, *labels] = value
+            self._new.set(metric, *labels, value=value)
+
+
+def _slowest(speeds: Iterable[float | None]) -> float | None:
+    return min((speed for speed in speeds if speed is not None), default=None)
+
+
+@functools.cache
+def _counter_of(event: str) -> tuple[Metric, str] | None:
+    """Metric that counts an event, and its label; None: none does.
+
+    Failures that show in a request's figures as well are counted there, once for all ranks.
+    """
+    what, _, detail = event.partition(".")
+    if what == "refused" or event in ("admit.no_room", "write.queue_full"):
+        return metrics.REFUSED, detail
+    if what in ("failed", "fallback", "fetch"):
+        reason = what if what == "fetch" else detail
+        return (metrics.FELL_BACK, reason) if reason in metrics.FALLBACKS else None
+    _, _, ended = detail.partition(".")
+    if event.endswith("read.bytes"):
+        return metrics.READ_BYTES, what
+    if event.endswith("write.bytes"):
+        return metrics.WRITTEN_BYTES, what
+    if ended == "skipped":
+        return metrics.REFUSED, "breaker"
+    if ended.removeprefix("refused_") in metrics.REFUSALS:
+        return metrics.REFUSED, ended.removeprefix("refused_")
+    if f"tier_{ended}" in metrics.FALLBACKS:
+        return metrics.FELL_BACK, f"tier_{ended}"
+    return None
