@@ -244,6 +244,8 @@ def test_no_fault_of_redis_fails_a_request(
     redis.resume()
     assert_recomputed(answer, engines)
     assert waited < 5.0
+    assert answer.figures is not None
+    assert 0.4 < answer.figures["fetch_seconds"] < waited
     redis.kill()
     [answer] = node.ask(Ask(f"killed {IMAGE}", ((198, 224),)))
     assert_recomputed(answer, engines, Ask(f"killed {IMAGE}", ((198, 224),)))
@@ -281,6 +283,7 @@ def test_a_clients_name_for_an_image_is_no_content_hash(engines: Callable[..., E
     again = engine.call(ask_named, Ask(f"again {IMAGE}", ((182, 224),)), ["holiday.png"])
     assert answer.figures is None
     assert again.figures is None
+    assert engine.call(events)["refused.client_uuid"] == 3
     # The same pictures without a name are stored and reused.
     engine.ask(Ask(f"unnamed {IMAGE}", ((182, 224),)))
     [hit] = engine.ask(Ask(f"unnamed, moved {IMAGE}", ((182, 224),)))

@@ -12,6 +12,8 @@ from ..protocol import Outcome, StepReport, TierState, WorkerState
 from .index import ResidencyIndex
 from .requests import TrackedRequest
 
+_SEGMENTS = {"stored": metrics.STORED_SEGMENTS, "evicted": metrics.EVICTED_SEGMENTS}
+
 
 class Statistics:
     """Counts what the scheduler side sees and what the workers report.
@@ -51,7 +53,9 @@ class Statistics:
         """Take in the workers' events and what they have learned."""
         for event, count in report.events.items():
             self.happened(event, count)
-        self._workers |= report.states
+        if report.states:
+            self._workers |= report.states
+            self._set_worker_gauges()
 
     def loaded(self, tracked: TrackedRequest) -> None:
         """A request's claim was filled: its figures are there."""
@@ -87,24 +91,18 @@ class Statistics:
                 if event == "no_room":
                     self.happened("refused.no_room", count)
                 else:
-                    stored_or_evicted = {
-                        "stored": metrics.STORED_SEGMENTS,
-                        "evicted": metrics.EVICTED_SEGMENTS,
-                    }[event]
-                    self._new.add(stored_or_evicted, kind, amount=count)
+                    self._new.add(_SEGMENTS[event], kind, amount=count)
             self._set(metrics.STORED_BYTES, kind, value=index.used_bytes)
         pinned = sum(index.num_promised for index in self._indices.values())
         self._set(metrics.PINNED_SEGMENTS, value=pinned)
-        if self._workers:
-            self._set(metrics.PREFILL_TOKENS_PER_SECOND, value=self._prefill_speed())
-            self._set_tiers()
         if self._new.is_empty():
             return None
         new, self._new = self._new, VLCacheStats()
         return new
 
-    def _set_tiers(self) -> None:
-        """The slowest rank of each tier, and the worst breaker."""
+    def _set_worker_gauges(self) -> None:
+        """Of the slowest rank, and of the worst breaker of each tier."""
+        self._set(metrics.PREFILL_TOKENS_PER_SECOND, value=self._prefill_speed())
         by_tier: dict[str, list[TierState]] = {}
         for worker in self._workers.values():
             for tier, state in worker.tiers.items():
