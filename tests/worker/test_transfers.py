@@ -76,13 +76,14 @@ def transfers(
     *tiers: GuardedTier,
     queue_bytes: int = MIB,
     pace: Pace | None = None,
+    read_seconds: float = 20.0,
 ) -> Transfers:
     return Transfers(
         store,
         tiers,
         rank=0,
         num_ranks=1,
-        read_seconds=20.0,
+        read_seconds=read_seconds,
         queue_bytes=queue_bytes,
         pace=pace,
     )
@@ -238,6 +239,33 @@ def test_a_load_that_takes_longer_than_computing_is_not_made(
     if not is_loaded:
         tries = [fetch(moving, "a/0").key for _ in range(40)]
         assert tries.count("a/0") == 2
+    moving.close()
+
+
+def test_a_read_that_takes_too_long_is_not_begun_again(
+    make_store: Callable[..., LMCacheSegmentStore], tmp_path: Path
+) -> None:
+    class SlowReads(DiskTier):
+        count = 0
+
+        def read(self, name: Name, max_bytes: int, deadline: Deadline) -> list[memoryview] | None:
+            self.count += 1
+            time.sleep(deadline.seconds_left)
+            deadline.check()
+            return None
+
+    slow = SlowReads(tmp_path, "test", MIB, None)
+    store = make_store()
+    put(store, "a/0")
+    pace = Pace(torch.device("cpu"), pinned=1000.0)
+    guarded = GuardedTier(slow, CircuitBreaker("disk"))
+    moving = transfers(store, guarded, pace=pace, read_seconds=0.2)
+    moving.write("a/0", "kv")
+    assert moving.flush(20.0)
+    ended = [fetch(moving, "a/0", saved_tokens=8).no_answer for _ in range(4)]
+    assert ended == ["failed", "skipped", "skipped", "skipped"]
+    assert slow.count == 1
+    assert fetch(moving, "a/0", saved_tokens=2000).no_answer == "failed"  # computing takes 2 s
     moving.close()
 
 

@@ -191,6 +191,11 @@ class GuardedTier:
             self._read_time.observe(num_bytes, seconds)
         return objects
 
+    def learn_timeout(self, num_bytes: int, seconds: float) -> None:
+        """A read was given up after so long: a whole one takes no less."""
+        if seconds > (self._read_time.estimate(num_bytes) or 0.0):
+            self._read_time.observe(num_bytes, seconds)
+
     def write(self, name: Name, objects: Sequence[Buffer], deadline: Deadline) -> bool:
         """As `Tier.write`; whether it was stored."""
         done = self._call("write", deadline, lambda: self._tier.write(name, objects, deadline))
