@@ -99,7 +99,7 @@ class VLCacheConfig(BaseModel):
     fetch_deadline_seconds: float = Field(default=1.0, gt=0.0)
     """Longest that a request waits for segments from disk and Redis."""
 
-    write_queue_bytes: Bytes = Field(default=256 << 20, gt=0)
+    write_queue_bytes: Bytes = Field(default=1 << 30, gt=0)
     """Host memory for segments on their way to disk and Redis; what doesn't fit is not written."""
 
     break_even: bool = True
