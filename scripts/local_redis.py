@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 _START_SECONDS = 20.0
 _HIGHEST_PORT = 55_000
@@ -114,8 +116,10 @@ class LocalRedis:
         )
         until = time.monotonic() + _START_SECONDS
         while True:
+            client = self.client
+            client.set_retry(Retry(NoBackoff(), 0))  # it would also try a refusal again
             try:
-                self.client.ping()
+                client.ping()
                 return
             except redis.AuthenticationError:  # it lets nobody in without a name
                 return

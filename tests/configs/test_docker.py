@@ -19,6 +19,8 @@ import redis
 import yaml
 from deployment import CONFIGS, parse_command
 from local_redis import LocalRedis, find_server, free_port
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from serving import ROOT, VLLMServer
 
 from vlcache_connector.tiers import Deadline, Name, RedisTier
@@ -275,8 +277,10 @@ def composed_redis(redis_server: Callable[..., LocalRedis], secrets: Path) -> Lo
     return redis_server(**redis_options(SERVICES["redis"]["command"]) | {"aclfile": acl})
 
 
-def client(server: LocalRedis, username: str) -> Any:
-    return redis.Redis(port=server.port, username=username, password="none")
+def client(server: LocalRedis, username: str | None, password: str | None = "none") -> Any:
+    # By default a refusal is tried again, too.
+    retry = Retry(NoBackoff(), 0)
+    return redis.Redis(port=server.port, username=username, password=password, retry=retry)
 
 
 def test_secrets_are_new_each_time_and_never_replaced(secrets: Path, tmp_path: Path) -> None:
@@ -327,14 +331,14 @@ def test_others_may_nothing(composed_redis: LocalRedis, secrets: Path) -> None:
         with pytest.raises(redis.AuthenticationError):
             client(composed_redis, username).ping()
     with pytest.raises(redis.AuthenticationError):
-        redis.Redis(port=composed_redis.port).ping()
+        client(composed_redis, None, None).ping()
     health = client(composed_redis, "health")
     assert health.ping()
     for command in (("GET", "vlcache:a"), ("SCAN", "0"), ("INFO",), ("CONFIG", "GET", "*")):
         with pytest.raises(redis.exceptions.NoPermissionError):
             health.execute_command(*command)
     password = (secrets / "redis_credentials").read_text().strip().partition(":")[2]
-    own = redis.Redis(port=composed_redis.port, username="vlcache", password=password)
+    own = client(composed_redis, "vlcache", password)
     assert own.set("vlcache:a", "b")
     for command in (("SET", "other:a", "b"), ("FLUSHALL",), ("CONFIG", "GET", "*"), ("KEYS", "*")):
         with pytest.raises(redis.exceptions.NoPermissionError):

@@ -18,7 +18,7 @@ FILES = sorted((CONFIGS / "kubernetes").glob("*.yaml"))
 RESOURCES: list[dict[str, Any]] = [
     document for path in FILES for document in yaml.safe_load_all(path.read_text())
 ]
-VERSIONS = ("1.29", "1.33", kubernetes_validate.latest_version())
+VERSIONS = ("1.29", kubernetes_validate.latest_version())
 SECRET = {"redis_credentials", "users.acl"}
 """Keys of the secret, which is made by configs/docker/make_secrets.sh."""
 
