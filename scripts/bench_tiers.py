@@ -804,7 +804,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
         left.vlines(x, [c.ratio.low for c in cells], [c.ratio.high for c in cells], color="black")
         for place, cell in zip(x, cells, strict=True):
             left.text(place, cell.ratio.high + 0.01, f"{cell.ratio.median:.2f}", ha="center")
-    names = {"cold": "computed", "cpu": "host memory", "device": "device memory"}
+    names = {"cold": "computed", "cpu": "host\nmemory", "device": "device\nmemory"}
     left.set_xticks(range(len(places)), [names.get(place, place) for place in places])
     left.set_ylabel("time to the first token, relative to computing all")
     left.set_title("By where a known image is", fontsize=11)
