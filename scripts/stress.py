@@ -499,7 +499,7 @@ def violations(llm: Any, tell: Tell) -> list[str]:
         try:
             part.check_integrity()
         except AssertionError as error:
-            found.append(f"{name}: {error or 'the accounts do not add up'}")
+            found.append(f"{name}: {str(error) or 'the accounts do not add up'}")
     return found + [f"{name}: {count} held" for name, count in held(llm, tell).items() if count]
 
 
