@@ -241,7 +241,7 @@ def rows_of(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 def make_markdown(document: Mapping[str, Any]) -> str:
     """The document as text."""
     problems = document["problems"]
-    verdict = f"{len(problems)} problems" if problems else "Nothing is left behind"
+    verdict = f"Problems: {len(problems)}" if problems else "Nothing is left behind"
     lines = [
         f"# {document['requests']:,} requests to a small engine",
         "",
