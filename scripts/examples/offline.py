@@ -38,8 +38,7 @@ def main() -> None:
     )
     made = [Image.radial_gradient("L"), Image.linear_gradient("L")]
     first, second = (
-        image.convert("RGB").resize((672, 672))
-        for image in ([Image.open(path) for path in args.images] or made)
+        image.convert("RGB") for image in ([Image.open(path) for path in args.images] or made)
     )
     for text, images in (
         ("Compare the two images.", (first, second)),
