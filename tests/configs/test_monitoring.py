@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import promql_parser
@@ -15,6 +15,8 @@ from deployment import CONFIGS
 from prometheus_client.parser import text_string_to_metric_families
 from serving import VLLMServer
 
+from vlcache_connector.metrics import METRICS, Metric
+
 DOCKER = CONFIGS / "docker"
 SERVICES: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
 DASHBOARD: dict[str, Any] = json.loads(
@@ -22,34 +24,7 @@ DASHBOARD: dict[str, Any] = json.loads(
 )
 
 
-class Metric(NamedTuple):
-    name: str
-    kind: str
-    labels: tuple[str, ...] = ()
-
-
-METRICS = (
-    Metric("vllm:vlcache_lookups_total", "counter", ("tier", "outcome")),
-    Metric("vllm:vlcache_reused_tokens_total", "counter", ("tier",)),
-    Metric("vllm:vlcache_recomputed_tokens_total", "counter"),
-    Metric("vllm:vlcache_sparse_prefill_tokens_total", "counter"),
-    Metric("vllm:vlcache_read_bytes_total", "counter", ("tier",)),
-    Metric("vllm:vlcache_written_bytes_total", "counter", ("tier",)),
-    Metric("vllm:vlcache_stored_segments_total", "counter", ("kind",)),
-    Metric("vllm:vlcache_evicted_segments_total", "counter", ("kind",)),
-    Metric("vllm:vlcache_refused_total", "counter", ("reason",)),
-    Metric("vllm:vlcache_fallbacks_total", "counter", ("reason",)),
-    Metric("vllm:vlcache_saved_seconds_total", "counter"),
-    Metric("vllm:vlcache_load_seconds", "histogram", ("tier",)),
-    Metric("vllm:vlcache_sparse_prefill_seconds", "histogram"),
-    Metric("vllm:vlcache_pinned_segments", "gauge"),
-    Metric("vllm:vlcache_stored_bytes", "gauge", ("kind",)),
-    Metric("vllm:vlcache_breaker_state", "gauge", ("tier",)),
-    Metric("vllm:vlcache_tier_bytes_per_second", "gauge", ("tier",)),
-    Metric("vllm:vlcache_tier_latency_seconds", "gauge", ("tier",)),
-    Metric("vllm:vlcache_prefill_tokens_per_second", "gauge"),
-)
-FROM_VLLM = (Metric("vllm:time_to_first_token_seconds", "histogram"),)
+FROM_VLLM = (Metric("vllm:time_to_first_token_seconds", "histogram", "of vLLM itself"),)
 COMMON_LABELS = {"model_name", "engine", "instance", "job"}
 
 
