@@ -38,6 +38,7 @@ from .support import (
     weights_fingerprint,
 )
 from .worker.model import SparsePrefillModel, loaded_model
+from .worker.ranks import own_rank
 from .worker.storage import close_storage, get_pace, get_storage
 from .worker.worker import WorkerSide
 
@@ -154,6 +155,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             model,
             kv_shape(self._vllm_config),
             get_storage(self._vllm_config),
+            rank=own_rank(),
             pace=get_pace(self._vllm_config),
             vllm_config=self._vllm_config,
             kv_cache_config=self._kv_cache_config,

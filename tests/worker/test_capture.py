@@ -402,6 +402,7 @@ def worker(tiny_model: Callable[..., Path], store: LMCacheSegmentStore) -> Itera
         model,
         shape,
         Storage(store, shape.num_layers),
+        rank=0,
         pace=Pace(torch.device("cpu")),
         vllm_config=config,
         kv_cache_config=KVCacheConfig(4, [], [group]),

@@ -32,7 +32,6 @@ from .injection import Injection
 from .loader import LoadedPlan, Loader
 from .model import SparsePrefillModel
 from .pace import Pace
-from .ranks import own_rank
 from .sparse_prefill import RequestInputs, SparsePrefill
 from .storage import Storage
 
@@ -53,6 +52,7 @@ class WorkerSide:
         model: the loaded model.
         shape: of one token's KV on this rank.
         storage: this rank's segments.
+        rank: this one, of the tensor-parallel ones.
         pace: told how long vLLM's own forwards take.
         device: of the model.
 
@@ -66,6 +66,7 @@ class WorkerSide:
         shape: KVShape,
         storage: Storage,
         *,
+        rank: int,
         pace: Pace,
         vllm_config: VllmConfig,
         kv_cache_config: KVCacheConfig,
@@ -80,6 +81,7 @@ class WorkerSide:
         self._model = model
         self._shape = shape
         self._storage = storage
+        self._rank = rank
         self._pace = pace
         self._device = device
         write = choose_write(model.layers.values(), model.rotary, shape.dtype, device)
@@ -313,7 +315,7 @@ class WorkerSide:
         if report.is_empty():
             return None
         state = WorkerState(self._pace.tokens_per_second, self._storage.tier_states())
-        report.states[own_rank()] = state
+        report.states[self._rank] = state
         return report
 
     def take_invalid_blocks(self) -> set[int]:
