@@ -122,6 +122,7 @@ class Engine:
                     "kv_connector_extra_config": {
                         "cpu_bytes": "128MiB",
                         "encoder_cpu_bytes": "64MiB",
+                        "write_queue_bytes": "64MiB",
                         "min_recompute_tokens": 0,
                         **connector,
                     },

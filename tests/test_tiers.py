@@ -84,6 +84,7 @@ def start(tiny_model: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
             "kv_connector_extra_config": {
                 "cpu_bytes": "128MiB",
                 "encoder_cpu_bytes": "64MiB",
+                "write_queue_bytes": "64MiB",
                 "min_recompute_tokens": 0,
                 **EXACT,
                 **connector,
