@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 
 from ..protocol import Fetched, FetchPlan, TierState
@@ -23,6 +22,7 @@ from ..tiers import open_tiers
 from .device import DeviceSegments
 from .memory import check_memory
 from .pace import Pace
+from .ranks import own_rank
 from .transfers import Admission, Transfers
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _open(vllm_config: VllmConfig) -> _Opened:
 
 def _make(vllm_config: VllmConfig) -> _Opened:
     config, shape = config_of(vllm_config), kv_shape(vllm_config)
-    rank = get_tensor_model_parallel_rank()
+    rank = own_rank()
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     model, fingerprint = vllm_config.model_config.model, model_fingerprint(vllm_config)
     device = torch.device(current_platform.device_type)

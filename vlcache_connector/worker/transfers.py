@@ -163,13 +163,13 @@ class Transfers:
             if not self._is_worth(tier, num_bytes, plan.saved_tokens):
                 self._count(f"{tier.name}.read.not_worth")
                 return worse(no_answer, "skipped")
-            started = time.monotonic()
+            left = deadline.seconds_left
             objects = tier.read(name, plan.max_bytes, deadline)
             if objects is None:
                 continue
             if isinstance(objects, str):
-                if deadline.seconds_left == 0.0:
-                    tier.learn_timeout(num_bytes, time.monotonic() - started)
+                if left > 0.0 and deadline.seconds_left == 0.0:
+                    tier.learn_timeout(num_bytes, left)
                 no_answer = worse(no_answer, objects)
                 continue
             try:
