@@ -78,7 +78,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
 FAULTS = ("killed", "stopped", "latency", "dropped", "flipped", "version", "auth", "memory")
 NO_FAULT = "none"
-PACKAGES = ("vllm", "torch", "lmcache", "redis", "vlcache-connector")
 DEADLINE_SECONDS = 1.0
 SLACK_SECONDS = 0.25
 """Beyond the deadline: what was not fetched is computed, in a step with others."""
@@ -89,7 +88,6 @@ IN_FLIGHT = 6
 ARMED_AFTER = 0.1
 AGAIN_SHARE = 0.1
 """Of the load's requests: those for images that are new in it."""
-SIDES_PX = (112, 140, 168, 196)
 CONNECTOR: Mapping[str, Any] = {
     **stress.AMPLE,
     "fetch_deadline_seconds": DEADLINE_SECONDS,
@@ -127,7 +125,7 @@ def make_load(num_requests: int) -> Load:
     seeds = iter(range(1, 10**9))
 
     def image(turn: int) -> tuple[int, int]:
-        return next(seeds), SIDES_PX[turn % len(SIDES_PX)]
+        return next(seeds), stress.SIDES_PX[turn % len(stress.SIDES_PX)]
 
     def donor(*images: tuple[int, int]) -> Ask:
         places = " then ".join([IMAGE] * len(images))
@@ -572,7 +570,7 @@ def run(args: argparse.Namespace, show: Console) -> dict[str, Any]:
     """Measure the cells that are missing."""
     started = time.monotonic()
     load = make_load(args.requests)
-    packages = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
+    packages = {"python": platform.python_version(), **{p: version(p) for p in stress.PACKAGES}}
     settings = {"schema": SCHEMA, "requests": args.requests, "versions": packages}
     kept = Kept(args.cache_dir / "fault_matrix" / f"{args.output.name}.cells.jsonl", settings)
     over = {(cell["fault"], cell["operation"]) for cell in kept.cells}

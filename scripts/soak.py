@@ -46,7 +46,6 @@ from stress import IMAGE, Ask, EngineCrashedError, EngineHungError, EngineProces
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
-PACKAGES = ("vllm", "torch", "lmcache", "redis", "vlcache-connector")
 BATCH = 100
 IN_FLIGHT = 16
 WARM_UP = 0.2
@@ -55,7 +54,6 @@ LEAST_REQUESTS = 2000
 MORE_FILES = 4
 POOL = 300
 """Images that come back."""
-SIDES_PX = (112, 140, 168, 196)
 WITNESS_SHARE = 0.03
 CONNECTOR: Mapping[str, Any] = {
     "cpu_bytes": "4MiB",
@@ -87,7 +85,7 @@ def make_load(num_requests: int, seed: int = 0) -> Iterator[Ask]:
 
     def image(is_new: bool) -> tuple[int, int]:
         number = next(new) if is_new else int(rng.choice(POOL, p=popularity))
-        return number, SIDES_PX[number % len(SIDES_PX)]
+        return number, stress.SIDES_PX[number % len(stress.SIDES_PX)]
 
     for number in range(num_requests):
         if waiting := due.pop(number, None):
@@ -310,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "schema": SCHEMA,
         "command": shlex.join(["python", *sys.argv]).replace(f"{ROOT}/", ""),
         "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in stress.PACKAGES},
         "requests": args.requests,
         "tiers": ", ".join(
             ["device", "cpu", "disk", *(["redis"] if "redis_url" in connector else [])]

@@ -28,6 +28,10 @@ import numpy as np
 from serving import make_image
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+PACKAGES = ("vllm", "torch", "lmcache", "redis", "vlcache-connector")
+"""Whose versions stand in the results."""
+SIDES_PX = (112, 140, 168, 196)
+"""Edges of the images."""
 TOLERANCE = 1e-3
 """Between logprobs, in float32: a batch of other requests changes less."""
 START_SECONDS = 300.0
