@@ -86,7 +86,7 @@ def test_salts_do_not_share_segments(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_consumers_store_nothing(tiny_model: Callable[..., Path]) -> None:
+def test_consumers_store_nothing(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     engine = Engine(
         tiny_model(),
         None,
@@ -94,7 +94,12 @@ def test_consumers_store_nothing(tiny_model: Callable[..., Path]) -> None:
             "kv_connector": "VLCacheConnector",
             "kv_connector_module_path": "vlcache_connector.connector",
             "kv_role": "kv_consumer",
-            "kv_connector_extra_config": {"cpu_bytes": "64MiB", "encoder_cpu_bytes": "64MiB"},
+            "kv_connector_extra_config": {
+                "cpu_bytes": "64MiB",
+                "encoder_cpu_bytes": "64MiB",
+                "write_queue_bytes": "64MiB",
+                "disk_path": str(tmp_path),
+            },
         },
     )
     try:
@@ -103,6 +108,7 @@ def test_consumers_store_nothing(tiny_model: Callable[..., Path]) -> None:
         assert answer.figures is not None
         assert answer.figures["reused_tokens"] == 0
         assert engine.call(num_segments) == 0
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     finally:
         engine.close()
 
