@@ -16,6 +16,7 @@ import torch
 from local_redis import LocalRedis, free_port
 
 from vlcache_connector import cli
+from vlcache_connector.cli import inspection
 from vlcache_connector.cli import console
 from vlcache_connector.store import LMCacheSegmentStore, RefusedObject
 from vlcache_connector.store.objects import check_objects
@@ -273,6 +274,15 @@ def test_stat_counts_by_model_and_kind(
         (MODEL, "encoder"): (1, sizes["rows"]),
         (None, "kv"): (1, sizes["other"]),
     }
+
+
+def test_headers_of_any_length_say_whose_a_segment_is(
+    filled: Place, vlcache: Vlcache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = vlcache("stat", *filled.options)["groups"]
+    assert len(counted) == 3
+    monkeypatch.setattr(inspection, "_HEADER_BYTES", 16)
+    assert vlcache("stat", *filled.options)["groups"] == counted
 
 
 def test_stat_shows_damage_and_an_empty_tier(place: Place, vlcache: Vlcache) -> None:

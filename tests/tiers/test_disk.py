@@ -70,6 +70,22 @@ def test_a_segment_comes_back_after_a_restart(tmp_path: Path) -> None:
         assert (usage.num_segments, usage.num_bytes, usage.budget_bytes) == (1, 5006, 64 * MIB)
 
 
+def test_the_beginning_is_no_use_of_a_segment(tmp_path: Path) -> None:
+    tier = disk(tmp_path)
+    assert tier.beginning(NAME, 7, NOW) is None
+    tier.write(NAME, OBJECTS, NOW)
+    set_used(tier, NAME, 1000)
+    used_ns = stored_file(tier).stat().st_atime_ns
+    for num_bytes, expected in ((7, OBJECTS[0][:7]), (MIB, OBJECTS[0])):
+        found = tier.beginning(NAME, num_bytes, NOW)
+        assert found is not None
+        assert bytes(found) == expected
+    assert stored_file(tier).stat().st_atime_ns == used_ns
+    stored_file(tier).write_bytes(b"nonsense")
+    with pytest.raises(TierError, match="too short"):
+        tier.beginning(NAME, 7, NOW)
+
+
 def test_what_is_read_is_writable_and_nobody_elses(tmp_path: Path) -> None:
     tier = disk(tmp_path)
     tier.write(NAME, OBJECTS, NOW)

@@ -62,6 +62,9 @@ class FaultyTier(Tier):
         self._act("read")
         return [memoryview(bytearray(7))]
 
+    def beginning(self, name: Name, num_bytes: int, deadline: Deadline) -> memoryview | None:
+        raise NotImplementedError
+
     def write(self, name: Name, objects: Sequence[Buffer], deadline: Deadline) -> None:
         self._act("write")
 

@@ -94,6 +94,11 @@ def test_a_segment_comes_back_from_another_client(
         assert 500 < entry.ttl_seconds <= 600
         usage = again.usage(soon())
         assert (usage.num_segments, usage.num_bytes, usage.budget_bytes) == (1, size, None)
+    for num_bytes, expected in ((7, objects[0][:7]), (64 * MIB, objects[0])):
+        beginning = tier.beginning(NAME, num_bytes, soon())
+        assert beginning is not None
+        assert bytes(beginning) == expected
+    assert tier.beginning(Name("kv", "x", 0, 2), 7, soon()) is None
     found = tier.read(NAME, 64 * MIB, soon())
     assert found is not None
     found[0][:3] = b"new"  # writable, and nobody else's

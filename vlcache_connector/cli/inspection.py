@@ -27,6 +27,7 @@ _READERS = 4
 _NAMES_PER_CALL = 256
 _UNLIMITED_BYTES = 1 << 62  # of the disk tier, which is given nothing to write here
 _MAX_SEGMENT_BYTES = 64 << 30
+_HEADER_BYTES = 1 << 16  # of most segments: 12 bytes a token, and a little more
 _SHORTEST_BEGINNING = 8
 
 _HINTS: Mapping[Fault, str] = {
@@ -120,17 +121,16 @@ class Inspector:
     def identify(self, entries: Sequence[Entry]) -> list[Owned]:
         """Segments with their models, without those that are gone by now.
 
-        Only a segment itself says whose it is, and a tier reads it as a whole.
+        Only a segment itself says whose it is, in the header of its first object.
         """
 
         def identify(entry: Entry) -> Owned | None:
             try:
-                objects = self._read(entry)
-                if objects is None:
-                    return None
-                fingerprint = _fingerprint(objects)
+                fingerprint = self._fingerprint(entry)
             except RefusedObject:
                 return Owned(entry, None, None)
+            if fingerprint is None:
+                return None
             return Owned(entry, fingerprint, self.models.get(fingerprint))
 
         found = in_parallel("reading", identify, entries, _READERS)
@@ -164,13 +164,22 @@ class Inspector:
                     advance("removing")
         return removed
 
+    def _fingerprint(self, entry: Entry) -> str | None:
+        with _refusing():
+            beginning = self._tier.beginning(entry.name, _HEADER_BYTES, Deadline(_CALL_SECONDS))
+            if beginning is None:
+                return None
+            needed = codec.header_bytes(beginning)
+            if needed > len(beginning):
+                beginning = self._tier.beginning(entry.name, needed, Deadline(_CALL_SECONDS))
+                if beginning is None:
+                    return None
+        [buffer] = as_buffers([memoryview(bytearray(beginning))])  # torch asks for writable memory
+        return codec.read_header(buffer).fingerprint
+
     def _read(self, entry: Entry) -> list[memoryview] | None:
-        try:
+        with _refusing():
             return self._tier.read(entry.name, _MAX_SEGMENT_BYTES, Deadline(_CALL_SECONDS))
-        except TierError as error:
-            if error.fault == "damaged":
-                raise RefusedObject("format", str(error)) from None
-            raise
 
 
 @contextmanager
@@ -228,7 +237,12 @@ def _unknown(deployment: str) -> CommandError:
     return CommandError(f"--deployment={deployment}: nothing was ever stored under this name here")
 
 
-def _fingerprint(objects: Sequence[memoryview]) -> str:
-    if not objects:
-        raise RefusedObject("format", "no objects")
-    return codec.read_header(as_buffers(objects[:1])[0]).fingerprint
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """A segment that the tier finds damaged is refused like one that we find damaged."""
+    try:
+        yield
+    except TierError as error:
+        if error.fault == "damaged":
+            raise RefusedObject("format", str(error)) from None
+        raise

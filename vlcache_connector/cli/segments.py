@@ -49,7 +49,7 @@ def add_commands(commands: Any) -> None:
     command = commands.add_parser(
         "ls",
         help="list stored segments",
-        description="List stored segments. To tell a segment's model, the segment is read.",
+        description="List stored segments.",
     )
     _add_place(command)
     _add_filters(command)
@@ -71,8 +71,7 @@ def add_commands(commands: Any) -> None:
     command = commands.add_parser(
         "stat",
         help="count stored segments",
-        description="Count stored segments and their bytes by model and kind. To tell the models, "
-        "all segments are read.",
+        description="Count stored segments and their bytes by model and kind.",
     )
     _add_place(command)
     command.add_argument(

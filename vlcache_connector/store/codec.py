@@ -182,17 +182,28 @@ def read_header(buffer: Tensor) -> ObjectHeader:
     return _read_header(_as_memory(buffer))[0]
 
 
-def _read_header(memory: memoryview) -> tuple[ObjectHeader, int]:
-    """Header of unknown content, schema checked, and the payload's offset."""
-    if len(memory) < _PREFIX.size:
-        raise RefusedObject("format", f"{len(memory)} bytes are too few")
-    magic, length = _PREFIX.unpack_from(memory)
+def header_bytes(beginning: memoryview) -> int:
+    """How many of an object's first bytes hold its header, by its very first ones.
+
+    Raises:
+        RefusedObject: "format".
+    """
+    if len(beginning) < _PREFIX.size:
+        raise RefusedObject("format", f"{len(beginning)} bytes are too few")
+    magic, length = _PREFIX.unpack_from(beginning)
     if magic != _MAGIC:
         raise RefusedObject("format", "wrong magic")
-    start = _payload_offset(length)
-    if length > MAX_HEADER_BYTES or start > len(memory):
-        raise RefusedObject("format", f"header length {length} in {len(memory)} bytes")
-    end = _PREFIX.size + length
+    if length > MAX_HEADER_BYTES:
+        raise RefusedObject("format", f"header length {length}")
+    return _payload_offset(length)
+
+
+def _read_header(memory: memoryview) -> tuple[ObjectHeader, int]:
+    """Header of unknown content, schema checked, and the payload's offset."""
+    start = header_bytes(memory)
+    if start > len(memory):
+        raise RefusedObject("format", f"a header of {start} bytes in {len(memory)}")
+    end = _PREFIX.size + _PREFIX.unpack_from(memory)[1]
     header = unpack_header(memory[_PREFIX.size : end])
     if any(memory[end:start]):
         raise RefusedObject("format", "padding is not zero")

@@ -144,6 +144,12 @@ class Tier(ABC):
         """
 
     @abstractmethod
+    def beginning(self, name: Name, num_bytes: int, deadline: Deadline) -> memoryview | None:
+        """The first bytes of a segment's first object, all of it if it is shorter; None when the
+        segment is not stored. Does not count as a use, as far as the tier can tell.
+        """
+
+    @abstractmethod
     def write(self, name: Name, objects: Sequence[Buffer], deadline: Deadline) -> None:
         """Store a segment, all of it or nothing; a segment that is there already is replaced."""
 

@@ -198,6 +198,12 @@ class RedisTier(Tier):
                     target[:] = value
         return objects
 
+    def beginning(self, name: Name, num_bytes: int, deadline: Deadline) -> memoryview | None:
+        key = self._key(name)
+        with self._calling(deadline):
+            found = cast(bytes, self._node(key).getrange(f"{key}:0", 0, num_bytes - 1))
+        return memoryview(found) if found else None
+
     def write(self, name: Name, objects: Sequence[Buffer], deadline: Deadline) -> None:
         key = self._key(name)
         views = [memoryview(obj).cast("B") for obj in objects]
