@@ -7,11 +7,11 @@ vLLM preempts requests; host memory, disk and Redis are so small that each evict
 
 After every 100 requests, when nothing runs: the accounts of the indices add up and so do those of
 the store, down to each byte; neither blocks of vLLM's KV cache nor anything else is still held.
-At the end: memory does not grow (a line through the engine's RSS behind the first fifth of the
-requests, each time after malloc gave back what it keeps of freed memory), nor do open files and
-threads. Every so often, a request's known images have donors of
-their own; it answers as plain vLLM does, or as an engine that has ample memory, no tiers and
-nothing else to do reuses the same images.
+At the end: memory does not grow more than that of plain vLLM, which is put to the same load (a line
+through the RSS behind the first fifth of the requests, each time after malloc gave back what it
+keeps of freed memory), and open files and threads stay as many. Every so often, a request's known
+images have donors of their own; it answers as plain vLLM does, or as an engine that has ample
+memory, no tiers and nothing else to do reuses the same images.
 
 Results go to PREFIX.json, PREFIX.md and PREFIX.png; the exit code is 1 when something is wrong.
 
@@ -157,7 +157,17 @@ def soak(
             problems.append(f"after {progress.tasks[bar].completed:.0f} requests: {error}")
         if statuses["hung"]:
             problems.append(f"{statuses['hung']} requests hung")
-        document |= growth(checks, args.max_slope, problems)
+        if len(asks) >= LEAST_REQUESTS:
+            progress.update(bar, description="plain vLLM", completed=0)
+            document["plain_checks"] = plain = []
+            with EngineProcess(model, None, log, **ENGINE) as engine:
+                for first in range(0, len(asks), BATCH):
+                    batch = asks[first : first + BATCH]
+                    engine.call(stress.serve, batch, IN_FLIGHT)
+                    end = first + len(batch)
+                    plain.append({"requests": end, **engine.call(stress.usage)})
+                    progress.update(bar, completed=end)
+            document |= growth(checks, plain, args.max_slope, problems)
         progress.update(bar, description="witnesses", completed=0, total=len(witnesses))
         same = {"donor": args.donor}
         with EngineProcess(model, {**stress.AMPLE, **same}, log) as engine:
@@ -190,23 +200,39 @@ def compare(
 
 
 def growth(
-    checks: Sequence[Mapping[str, Any]], max_slope: float, problems: list[str]
-) -> dict[str, float | None]:
-    """Slope of the RSS in MiB per 1,000 requests, with its standard error; None: too few."""
-    total = checks[-1]["requests"] if checks else 0
+    checks: Sequence[Mapping[str, Any]],
+    plain: Sequence[Mapping[str, Any]],
+    max_slope: float,
+    problems: list[str],
+) -> dict[str, tuple[float, float]]:
+    """What grows behind the warm-up.
+
+    Returns:
+        Slopes of the RSS with and without VLCache, in MiB per 1,000 requests, each with its
+        standard error.
+    """
+    total = plain[-1]["requests"]
     warm = [check for check in checks if check["requests"] > WARM_UP * total]
     if len(warm) < 4:
-        return {"slope": None, "slope_error": None}
-    x = np.array([check["requests"] for check in warm]) / 1000
-    (slope, _), covariance = np.polyfit(x, [check["rss_mib"] for check in warm], 1, cov=True)
-    if total >= LEAST_REQUESTS:
-        if slope > max_slope:
-            problems.append(f"memory grows by {slope:.2f} MiB per 1,000 requests")
-        for what in ("files", "threads"):
-            more = warm[-1][what] - warm[0][what]
-            if more > MORE_FILES:
-                problems.append(f"{more} more {what} are open than after the warm-up")
-    return {"slope": float(slope), "slope_error": float(covariance[0, 0] ** 0.5)}
+        return {}  # the engine died: that is a problem of its own
+    slope, error = _slope(warm)
+    without = _slope([check for check in plain if check["requests"] > WARM_UP * total])
+    if slope - without[0] > max_slope:
+        problems.append(
+            f"memory grows by {slope - without[0]:.2f} MiB per 1,000 requests more than plain "
+            "vLLM's"
+        )
+    for what in ("files", "threads"):
+        more = warm[-1][what] - warm[0][what]
+        if more > MORE_FILES:
+            problems.append(f"{more} more {what} are open than after the warm-up")
+    return {"slope": (slope, error), "plain_slope": without}
+
+
+def _slope(checks: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    x = np.array([check["requests"] for check in checks]) / 1000
+    (slope, _), covariance = np.polyfit(x, [check["rss_mib"] for check in checks], 1, cov=True)
+    return float(slope), float(covariance[0, 0] ** 0.5)
 
 
 # -- results ------------------------------------------------------------------------------------
@@ -214,7 +240,7 @@ def growth(
 
 def rows_of(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table."""
-    checks, statuses, slope = document["checks"], document["statuses"], document["slope"]
+    checks, statuses = document["checks"], document["statuses"]
     counters, witnesses = document.get("counters", {}), document["witnesses"]
     last = checks[-1] if checks else {"rss_mib": 0.0, "files": 0, "threads": 0}
     tiers = [f"{name} {n}" for name, n in witnesses.items() if name.startswith("from")]
@@ -223,11 +249,16 @@ def rows_of(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("preemptions", str(document.get("preemptions", ""))),
         ("checks", f"{len(checks)}, {len(document['problems'])} problems"),
         ("RSS at the end", f"{last['rss_mib']:.0f} MiB in use"),
-        (
-            f"RSS behind the first {WARM_UP:.0%}",
-            "not enough requests"
-            if slope is None
-            else f"{slope:+.2f} ± {document['slope_error']:.2f} MiB per 1,000 requests",
+        *(
+            (
+                f"RSS behind the first {WARM_UP:.0%}, {of}",
+                "{:+.2f} ± {:.2f} MiB per 1,000".format(*to),
+            )
+            for of, to in (
+                ("VLCache", document.get("slope")),
+                ("plain vLLM", document.get("plain_slope")),
+            )
+            if to is not None
         ),
         ("open files, threads", f"{last['files']}, {last['threads']}"),
         ("sampled answers", f"{witnesses['asked']}, reused {', '.join(tiers) or 'nothing'}"),
@@ -267,11 +298,14 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    checks = document["checks"]
+    checks, plain = document["checks"], document.get("plain_checks", ())
     x, y = ([check[what] for check in checks] for what in ("requests", "rss_kept_mib"))
     figure, axes = plt.subplots(figsize=(7, 3.5))
-    axes.plot(x, y, lw=1, color="lightgrey", label="with what malloc keeps of freed memory")
-    axes.plot(x, [check["rss_mib"] for check in checks], lw=1, label="in use")
+    axes.plot(x, y, lw=1, color="lightgrey", label="VLCache, with what malloc keeps when freed")
+    axes.plot(x, [check["rss_mib"] for check in checks], lw=1, label="VLCache, in use")
+    if plain:
+        at, used = ([check[what] for check in plain] for what in ("requests", "rss_mib"))
+        axes.plot(at, used, lw=1, label="plain vLLM, in use")
     axes.axvline(WARM_UP * x[-1], color="grey", ls="--", lw=1, label="warm-up")
     axes.set(xlabel="requests", ylabel="RSS, MiB", ylim=(0, 1.1 * max(y)))
     axes.grid(alpha=0.3)
@@ -336,7 +370,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--requests", type=int, default=10_000, metavar="N", help="(%(default)s)")
     add("--donor", choices=("first_seen", "canonical"), default="first_seen")
     add("--seed", type=int, default=0, help="of the load (%(default)s)")
-    help_ = "MiB per 1,000 requests that memory may grow by (%(default)s)"
+    help_ = "MiB per 1,000 requests that memory may grow more than plain vLLM's (%(default)s)"
     add("--max-slope", type=float, default=1.0, metavar="MIB", help=help_)
     default = ROOT / "configs" / "results" / "soak"
     add("--output", type=Path, default=default, metavar="PREFIX", help="(%(default)s)")

@@ -165,12 +165,12 @@ Tell = Callable[[Any], None]
 
 
 class EngineProcess:
-    """vLLM with VLCache in a child process, where engine, scheduler and worker are at hand.
+    """vLLM in a child process, where engine, scheduler and worker are at hand.
 
     A context manager.
 
     Args:
-        connector: `kv_connector_extra_config`, over `CONNECTOR`.
+        connector: `kv_connector_extra_config`, over `CONNECTOR`; None: vLLM without VLCache.
         log: file that all output of the child is added to.
         arguments: of `vllm.LLM`, over `ENGINE`.
 
@@ -179,12 +179,19 @@ class EngineProcess:
     """
 
     def __init__(
-        self, model: Path, connector: Mapping[str, Any], log: Path, **arguments: Any
+        self, model: Path, connector: Mapping[str, Any] | None, log: Path, **arguments: Any
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
-        given = (child, str(model), {**CONNECTOR, **connector}, {**ENGINE, **arguments}, str(log))
+        arguments = {**ENGINE, **arguments}
+        if connector is not None:
+            arguments["kv_transfer_config"] = {
+                "kv_connector": "VLCacheConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {**CONNECTOR, **connector},
+            }
+        given = (child, str(model), arguments, str(log))
         self._process = context.Process(target=_child, args=given)
         self._process.start()
         child.close()
@@ -248,9 +255,7 @@ class EngineProcess:
             self._process.join()
 
 
-def _child(
-    pipe: Any, model: str, connector: dict[str, Any], arguments: dict[str, Any], log: str
-) -> None:
+def _child(pipe: Any, model: str, arguments: dict[str, Any], log: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle
     with open(log, "ab") as file:
         for stream in (sys.stdout, sys.stderr):
@@ -261,12 +266,7 @@ def _child(
     try:
         from vllm import LLM
 
-        transfer = {
-            "kv_connector": "VLCacheConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": connector,
-        }
-        llm = LLM(model=model, kv_transfer_config=transfer, **arguments)
+        llm = LLM(model=model, **arguments)
         logging.getLogger(_BREAKER_LOGGER).addHandler(_breaker)
         pipe.send(("result", None))
         while True:

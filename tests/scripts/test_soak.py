@@ -65,20 +65,22 @@ def test_witnesses_come_behind_their_donors_and_are_known_to_nobody_else() -> No
         assert shown <= set(ask.images)
 
 
-def test_growth_is_found() -> None:
-    for count, slope, expected in (
-        (100, 0.0, []),
-        (100, 0.5, ["memory grows by 4.99 MiB per 1,000 requests"]),
-        (10, 0.5, []),  # too few to tell
-        (2, 0.5, []),
+def test_growth_beyond_plain_vllm_is_found() -> None:
+    for slope, plain_slope, expected in (
+        (0.0, 0.0, []),
+        (0.5, 0.0, ["memory grows by 5.00 MiB per 1,000 requests more than plain vLLM's"]),
+        (0.5, 0.45, []),
+        (0.1, 0.5, []),
     ):
         problems: list[str] = []
-        figures = soak.growth(checks(count, slope), 1.0, problems)
+        with_it, without = checks(100, slope), checks(100, plain_slope)
+        figures = soak.growth(with_it, without, 1.0, problems)
         assert problems == expected
-        assert (figures["slope"] is None) == (count == 2)
+        assert figures["plain_slope"][0] == pytest.approx(10 * plain_slope, abs=0.2)
     problems = []
-    soak.growth(checks(100, threads=1), 1.0, problems)
+    soak.growth(checks(100, threads=1), checks(100), 1.0, problems)
     assert problems == ["79 more threads are open than after the warm-up"]
+    assert soak.growth(checks(10), checks(100), 1.0, problems) == {}  # it died
 
 
 def test_a_wrong_answer_of_a_witness_is_found() -> None:
@@ -100,7 +102,8 @@ class FakeEngine:
     spoiled = 0.0
     dies_after = 10**9
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, _: Any, connector: Any, *__: Any, **___: Any) -> None:
+        self.is_plain = connector is None
         self.served = 0
 
     def __enter__(self) -> FakeEngine:
@@ -112,7 +115,7 @@ class FakeEngine:
     def call(self, function: Any, *arguments: Any, on_progress: Any = None) -> Any:
         if function is stress.serve:
             self.served += len(arguments[0])
-            if self.served > self.dies_after:
+            if self.served > self.dies_after and not self.is_plain:
                 raise stress.EngineCrashedError("it died")
             return [answer(20 * bool(ask.donors), self.spoiled) for ask in arguments[0]]
         if function is stress.references:
@@ -120,7 +123,7 @@ class FakeEngine:
         if function is stress.violations:
             return ["captures: 1 held"] if self.served > self.leaks_after else []
         return {
-            stress.usage: checks(1)[0],
+            stress.usage: {"rss_mib": 900.0, "rss_kept_mib": 1000.0, "files": 20, "threads": 9},
             stress.happened: {"disk.read.calls": 7},
             stress.count_preemptions: 3,
         }[function]
@@ -146,7 +149,8 @@ def test_the_command_says_what_is_wrong(
     monkeypatch.setattr(soak, "EngineProcess", type("Fake", (FakeEngine,), change))
     monkeypatch.setattr(soak, "make_tiny_model", lambda path: path)
     monkeypatch.setattr(soak, "find_server", lambda: None)
-    words = ["--requests", "300", "--output", str(tmp_path / "soak"), "--cache-dir", str(tmp_path)]
+    monkeypatch.setattr(soak, "LEAST_REQUESTS", 600)
+    words = ["--requests", "600", "--output", str(tmp_path / "soak"), "--cache-dir", str(tmp_path)]
     assert soak.main(words) == bool(expected)
     document = json.loads((tmp_path / "soak.json").read_text())
     assert len(document["problems"]) >= len(expected)
@@ -154,7 +158,9 @@ def test_the_command_says_what_is_wrong(
         assert any(text in problem for problem in document["problems"])
     assert (tmp_path / "soak.md").read_text().count("\n- ") >= len(document["problems"])
     assert (tmp_path / "soak.png").stat().st_size > 1000
-    assert "that differ" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "that differ" in shown
+    assert ("plain vLLM" in shown) == ("dies_after" not in change)
 
 
 def test_wrong_command_lines_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
