@@ -17,12 +17,6 @@ from typing import Literal
 
 Operation = Literal["lookup", "prefetch", "store"]
 OPERATIONS: tuple[Operation, ...] = ("lookup", "prefetch", "store")
-_START_SECONDS = 20.0
-
-
-class RedisError(RuntimeError):
-    """The redis-server could not be started."""
-
 
 # -- the protocol -------------------------------------------------------------------------------
 

@@ -57,6 +57,9 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "TORCHDYNAMO_DISABLE": "1",
+    # Compiled matmuls, one per shape: the 1,024 it keeps otherwise take hundreds of MiB, which
+    # come and go and hide what a leak would add.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "1",
     "LMCACHE_TRACK_USAGE": "false",
