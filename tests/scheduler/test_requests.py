@@ -7,47 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from made import feature, request
 from vllm import PoolingParams, SamplingParams
-from vllm.multimodal.inputs import (
-    MultiModalBatchedField,
-    MultiModalFeatureSpec,
-    MultiModalFieldElem,
-    MultiModalKwargsItem,
-    PlaceholderRange,
-)
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.request import Request
 
 from vlcache_connector.config import ConfigError, RequestOptions, VLCacheConfig
 from vlcache_connector.protocol import PrefillFigures
 from vlcache_connector.scheduler.requests import TrackedRequest, refusal_of
-
-
-def feature(identifier: str, offset: int, length: int) -> MultiModalFeatureSpec:
-    def field(data: torch.Tensor) -> MultiModalFieldElem:
-        return MultiModalFieldElem(data=data, field=MultiModalBatchedField())
-
-    return MultiModalFeatureSpec(
-        data=MultiModalKwargsItem(
-            {
-                "pixel_values": field(torch.zeros(4 * length, 1176)),
-                "image_grid_thw": field(torch.tensor([1, 2, 2 * length])),
-            }
-        ),
-        modality="image",
-        identifier=identifier,
-        mm_position=PlaceholderRange(offset=offset, length=length),
-    )
-
-
-def request(*features: MultiModalFeatureSpec, **arguments: Any) -> Request:
-    defaults: dict[str, Any] = {
-        "request_id": "r",
-        "prompt_token_ids": list(range(100)),
-        "sampling_params": SamplingParams(max_tokens=1),
-        "pooling_params": None,
-        "mm_features": list(features),
-    }
-    return Request(**{**defaults, **arguments})
 
 
 def track(made: Request) -> TrackedRequest:

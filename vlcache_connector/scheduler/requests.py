@@ -139,6 +139,11 @@ class TrackedRequest:
             options = RequestOptions()
         return cls(request=request, items=tuple(items), options=options)
 
+    @property
+    def is_past_items(self) -> bool:
+        """All items are computed."""
+        return self.request.num_computed_tokens >= self.items[-1].span.end
+
     def item(self, index: int) -> Item:
         """The item at `index` of the request's `mm_features`."""
         return next(item for item in self.items if item.index == index)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +18,17 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from ..calibration import LayerSchedule, Relation
-from ..config import ConfigError, RequestOptions, VLCacheConfig
-from ..protocol import (
-    CapturePlan,
-    Item,
-    Outcome,
-    PrefillFigures,
-    ReusePlan,
-    StepPlan,
-    StepReport,
-)
-from ..selection import Budget, Selection, first_k_by_layer, make_selectors
+from ..config import VLCacheConfig
+from ..protocol import Item, Outcome, PrefillFigures, ReusePlan, StepPlan, StepReport
 from ..support import KVShape
 from .canonical import CanonicalDonors
+from .captures import CapturePlanner
 from .donors import Donors
 from .fence import PrefixFence, self_test
 from .index import ResidencyIndex
+from .options import OptionsPolicy
 from .planner import plan_reuse
-from .requests import CapturedItem, TrackedRequest, refusal_of
+from .requests import TrackedRequest, refusal_of
 from .staging import Staging
 from .statistics import Statistics
 
@@ -94,7 +87,6 @@ class SchedulerSide:
         self._encoder_row_bytes = encoder_row_bytes
         self._segments = segments
         self._encoder_rows = encoder_rows
-        self._can_store = can_store and bool(allowed)
         self._can_reuse = can_reuse
         self._donors = Donors(segments, allowed=allowed, max_variants=config.donor_variants)
         self._is_gated = not allowed
@@ -113,13 +105,12 @@ class SchedulerSide:
             self._canonical = CanonicalDonors(
                 opening, encoder_rows, block_size=shape.block_size, give_up=segments.discard
             )
-        self._selectors = make_selectors(shape.num_layers, schedules)
-        if config.selector not in self._selectors:
-            raise ConfigError(
-                "kv_connector_extra_config: selector='layer_aware' needs a schedule of this model; "
-                "run `vlcache calibrate` and name its file in `calibration`, or choose "
-                "selector='first_k'"
+        self._captures: CapturePlanner | None = None
+        if can_store and allowed:
+            self._captures = CapturePlanner(
+                shape, segments, self._donors, self._canonical, config.min_segment_tokens
             )
+        self._options = OptionsPolicy(config, shape.num_layers, schedules)
         self.statistics = Statistics({"kv": segments, "encoder": encoder_rows})
         self._live: dict[str, Request] = {}
         self._requests: dict[str, TrackedRequest] = {}
@@ -147,41 +138,10 @@ class SchedulerSide:
                 self.statistics.happened(f"refused.{refusal}")
                 return
             self._requests[request.request_id] = TrackedRequest.of(
-                request, self._config, self._fingerprint, self._read_options
+                request, self._config, self._fingerprint, self._options.read
             )
         except Exception:
             self._failed("read", request.request_id)
-
-    def _read_options(self, params: Mapping[str, Any] | None) -> RequestOptions:
-        options = RequestOptions.from_params(params)
-        ratios = options.layer_ratios
-        if ratios is not None and len(ratios) != self._shape.num_layers:
-            raise ConfigError(
-                f"kv_transfer_params.vlcache: layer_ratios={ratios!r} has {len(ratios)} entries, "
-                f"the model {self._shape.num_layers} layers"
-            )
-        if (
-            self._config.gate == "require"
-            and options.enabled
-            and (
-                options.selector is not None
-                or ratios is not None
-                or (
-                    options.recompute_ratio is not None
-                    and options.recompute_ratio < self._config.recompute_ratio
-                )
-            )
-        ):
-            raise ConfigError(
-                "kv_transfer_params.vlcache: with gate=require a request can only switch reuse "
-                f"off or raise recompute_ratio above {self._config.recompute_ratio}"
-            )
-        if options.selector is not None and options.selector not in self._selectors:
-            raise ConfigError(
-                f"kv_transfer_params.vlcache: selector={options.selector!r} needs a calibration "
-                f"file; allowed are {', '.join(self._selectors)}"
-            )
-        return options
 
     def _failed(self, what: str, req_id: str) -> None:
         """Count and log an exception that costs a request its reuse, and nothing else."""
@@ -240,7 +200,9 @@ class SchedulerSide:
             )
         last_block = -(-plan.claim.end // self._shape.block_size)
         plan = replace(
-            plan, block_ids=block_ids[:last_block], captures=self._captures_in(tracked, plan)
+            plan,
+            block_ids=block_ids[:last_block],
+            captures={} if self._captures is None else self._captures.in_claim(tracked, plan),
         )
         for index in plan.encoder_inputs:
             item = tracked.item(index)
@@ -328,7 +290,7 @@ class SchedulerSide:
             tracked.wanted,
             self._segment_bytes,
             self._encoder_bytes,
-            functools.partial(self._saved_tokens, tracked.options),
+            lambda item: self._options.saved_tokens(tracked.options, len(item.span)),
         )
 
     def _plan(self, tracked: TrackedRequest, num_computed: int) -> ReusePlan | None:
@@ -343,7 +305,7 @@ class SchedulerSide:
             num_computed=num_computed,
             num_tokens=request.num_tokens,
             find_donor=self._donors.find,
-            select=functools.partial(self._select, tracked.options),
+            select=functools.partial(self._options.select, tracked.options),
         )
         if plan is None:
             return None
@@ -359,21 +321,6 @@ class SchedulerSide:
         for reuse in plan.reused:
             self._segments.promise(reuse.donor)
         return replace(plan, encoder_inputs=encoder_inputs)
-
-    def _select(self, options: RequestOptions, num_tokens: int) -> Selection:
-        ratio, min_tokens = options.recompute_ratio, self._config.min_recompute_tokens
-        budget = Budget(self._config.recompute_ratio if ratio is None else ratio, min_tokens)
-        if options.layer_ratios is not None:
-            return first_k_by_layer(num_tokens, options.layer_ratios, budget)
-        return self._selectors[options.selector or self._config.selector].select(num_tokens, budget)
-
-    def _saved_tokens(self, options: RequestOptions, item: Item) -> int:
-        """Tokens that need not be computed if the item is reused."""
-        num_tokens = len(item.span)
-        selection = self._select(options, num_tokens)
-        if selection.blend is not None:
-            return num_tokens - selection.blend.count(num_tokens)
-        return num_tokens - len(selection.stages[0][1])
 
     @staticmethod
     def _items_in_runs(tracked: TrackedRequest, plan: ReusePlan) -> list[Item]:
@@ -404,75 +351,11 @@ class SchedulerSide:
             for other in self._live.values()
         )
 
-    # -- storing ----------------------------------------------------------------------------
-
-    def _captures_in(self, tracked: TrackedRequest, plan: ReusePlan) -> dict[int, str]:
-        """Unknown items that the sparse prefill computes from first to last token."""
-        reused = {reuse.item for reuse in plan.reused}
-        captures = {}
-        for item in tracked.items:
-            inside = plan.claim.start <= item.span.start and item.span.end <= plan.claim.end
-            if inside and item.index not in reused:
-                key = self._reserve(tracked, item)
-                if key is not None:
-                    captures[item.index] = key
-        return captures
-
-    def _reserve(self, tracked: TrackedRequest, item: Item) -> str | None:
-        """Key to capture a new item under, None when it is not to be captured."""
-        if not self._can_store or len(item.span) < self._config.min_segment_tokens:
-            return None
-        if self._canonical is None:
-            return self._donors.reserve(item, self._segment_bytes(item))
-        if not self._canonical.is_full:
-            key = self._donors.reserve(replace(item, ordinal=0), self._segment_bytes(item))
-            if key is not None:
-                context = tracked.context()
-                token_ids = context.prompt_token_ids[item.span.start : item.span.end]
-                self._canonical.add(item, key, token_ids, context.position_features[item.index])
-        return None
-
     def _segment_bytes(self, item: Item) -> int:
         return len(item.span) * self._shape.bytes_per_token
 
     def _encoder_bytes(self, item: Item) -> int:
         return item.num_embeds * self._encoder_row_bytes
-
-    def _plan_captures(self, tracked: TrackedRequest, num_scheduled: int) -> list[CapturePlan]:
-        """Items that vLLM's own forward computes, in whole or in part, in this step."""
-        assert self._kv_cache_manager is not None
-        start = tracked.request.num_computed_tokens
-        end = start + num_scheduled
-        if start >= tracked.items[-1].span.end:
-            return []
-        req_id = tracked.request.request_id
-        block_ids = tuple(self._kv_cache_manager.get_block_ids(req_id)[0])
-        captures = []
-        for item in tracked.items:
-            part = item.span.clip(start, end)
-            if not part:
-                continue
-            if part.start == item.span.start:
-                key = self._reserve(tracked, item)
-                if key is None:
-                    continue
-                tracked.capturing[item.index] = CapturedItem(key, part.start)
-            captured = tracked.capturing.get(item.index)
-            if captured is None or captured.next_token != part.start:
-                continue
-            captured.next_token = part.end
-            if part.end == item.span.end:
-                del tracked.capturing[item.index]
-            last_block = -(-part.end // self._shape.block_size)
-            captures.append(
-                CapturePlan(req_id, item.index, captured.key, part, block_ids[:last_block])
-            )
-        return captures
-
-    def _give_up_captures(self, tracked: TrackedRequest) -> None:
-        for captured in tracked.capturing.values():
-            self._segments.discard(captured.key)
-        tracked.capturing.clear()
 
     # -- steps ------------------------------------------------------------------------------
 
@@ -481,16 +364,19 @@ class SchedulerSide:
         cancelled = []
         for req_id in output.preempted_req_ids or ():
             tracked = self._requests.get(req_id)
-            if tracked is not None and tracked.capturing:
-                self._give_up_captures(tracked)
+            if self._captures is not None and tracked is not None and tracked.capturing:
+                self._captures.give_up(tracked)
                 cancelled.append(req_id)
         plan = StepPlan(reuse=self._step_reuse, cancelled=cancelled, finished=self._finished)
         self._step_reuse, self._finished = [], []
-        if self._can_store:
+        if self._captures is not None:
+            assert self._kv_cache_manager is not None
             for req_id, num_scheduled in output.num_scheduled_tokens.items():
                 tracked = self._requests.get(req_id)
-                if tracked is not None and tracked.options.enabled:
-                    plan.captures += self._plan_captures(tracked, num_scheduled)
+                if tracked is None or not tracked.options.enabled or tracked.is_past_items:
+                    continue
+                block_ids = tuple(self._kv_cache_manager.get_block_ids(req_id)[0])
+                plan.captures += self._captures.in_step(tracked, num_scheduled, block_ids)
         if self._canonical is not None:
             assert self._kv_cache_manager is not None
             is_quiet = all(count == 1 for count in output.num_scheduled_tokens.values())
@@ -564,7 +450,8 @@ class SchedulerSide:
             return None
         if tracked.is_gated:
             self.statistics.happened("refused.gate")
-        self._give_up_captures(tracked)
+        if self._captures is not None:
+            self._captures.give_up(tracked)
         if tracked.context_sent:
             self._finished.append(request.request_id)
         params = tracked.report()
