@@ -139,7 +139,7 @@ def count_encoder_runs(llm: Any, ask: Ask) -> int:
     """Run `ask`; how often the vision encoder ran."""
     from engine import run
 
-    from vlcache_connector.worker.model import loaded_model
+    from vlcache_connector.worker.loaded import loaded_model
 
     model = loaded_model(llm.llm_engine.vllm_config)
     runs = 0

@@ -1,24 +1,51 @@
 """Position-independent reuse of image KV for vision-language models in vLLM."""
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+_CONNECTORS = {
+    "VLCacheConnector": "connector",
+    "VLCacheEncoderConnector": "encoder_connector",
+}
 
 
 def register() -> None:
-    """Plugin entry point (`vllm.general_plugins`); vLLM runs it in every process, maybe twice."""
-    from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    """Plugin entry point (`vllm.general_plugins`); vLLM runs it in every process, maybe twice.
 
-    from . import frontend
-    from .attention import hook
-    from .worker import model
+    What vLLM has changed is left alone: it has to run without the connectors in any case.
+    """
+    from . import seams
 
-    frontend.refuse_missing_embeddings()
-    frontend.mark_client_chosen_names()
-    hook.install()
-    model.remember_loaded_models()
-    for factory, name, module in (
-        (KVConnectorFactory, "VLCacheConnector", "connector"),
-        (ECConnectorFactory, "VLCacheEncoderConnector", "encoder_connector"),
-    ):
-        if name not in factory._registry:
-            factory.register_connector(name, f"{__name__}.{module}", name)
+    if seams.intact("frontend.py"):
+        from . import frontend
+
+        frontend.refuse_missing_embeddings()
+        frontend.mark_client_chosen_names()
+    if seams.intact("attention/hook.py"):
+        from .attention import hook
+
+        hook.install()
+    if seams.intact("worker/loaded.py"):
+        from .worker import loaded
+
+        loaded.remember_loaded_models()
+    if seams.intact("__init__.py"):
+        from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+        factories: tuple[Any, ...] = (KVConnectorFactory, ECConnectorFactory)
+        for factory, name in zip(factories, _CONNECTORS, strict=True):
+            if name not in factory._registry:
+                factory.register_connector(name, __name__, name)
+
+
+def __getattr__(name: str) -> Any:
+    """The connectors' classes; where a seam has changed, those that do nothing."""
+    if name not in _CONNECTORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import seams
+
+    module = "off" if seams.changes() else _CONNECTORS[name]
+    return getattr(import_module(f".{module}", __name__), name)

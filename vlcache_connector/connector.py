@@ -28,6 +28,7 @@ from .scheduler import indices
 from .scheduler.canonical import opening_tokens
 from .scheduler.gate import allowed_relations
 from .scheduler.scheduler import SchedulerSide
+from .seams import untested_version
 from .support import (
     check_supported,
     config_of,
@@ -37,7 +38,8 @@ from .support import (
     model_fingerprint,
     weights_fingerprint,
 )
-from .worker.model import SparsePrefillModel, loaded_model
+from .worker.loaded import loaded_model
+from .worker.model import SparsePrefillModel
 from .worker.ranks import own_rank
 from .worker.storage import close_storage, get_pace, get_storage
 from .worker.worker import WorkerSide
@@ -81,6 +83,8 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             logger.warning("VLCache is off, vLLM runs as without it: %s", self._inert)
             return
         check_supported(vllm_config, kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER and (untested := untested_version()):
+            logger.warning("VLCache: %s; all that it uses of it is there", untested)
         self._turn_on_encoder_half()
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = self._make_scheduler_side()
@@ -106,7 +110,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             return
         self._vllm_config.ec_transfer_config = ECTransferConfig(
             ec_connector="VLCacheEncoderConnector",
-            ec_connector_module_path="vlcache_connector.encoder_connector",
+            ec_connector_module_path=__package__,
             ec_role=encoder_role(self._kv_transfer_config),
             engine_id=self._kv_transfer_config.engine_id,
         )

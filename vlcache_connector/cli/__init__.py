@@ -11,7 +11,7 @@ from typing import Any
 from .. import __version__
 from ..config import ConfigError
 from ..measure.cases import MeasurementError
-from . import calibration, segments, warm
+from . import calibration, doctor, segments, warm
 from .console import CommandError, printable
 
 _BAD_INPUT = 2
@@ -47,7 +47,8 @@ def _complain(command: str, problem: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vlcache",
-        description="Measure the reuse of images' KV on a model, and look after stored segments.",
+        description="Measure the reuse of images' KV on a model, look after stored segments, and "
+        "check the installation.",
     )
     parser.add_argument("--version", action="version", version=f"vlcache {__version__}")
     parser.set_defaults(after_interrupt="")
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     segments.add_commands(commands)
     warm.add_command(commands)
+    doctor.add_command(commands)
     return parser
 
 

@@ -17,7 +17,7 @@ from ..store import RefusalReason, RefusedObject, codec
 from ..store.objects import as_buffers, check_objects
 from ..tiers import Deadline, DiskTier, Entry, Fault, RedisTier, Tier, TierError, TierName
 from ..tiers.base import check_deployment
-from ..tiers.redis_url import FILE_VARIABLE, PASSWORD_VARIABLE, USERNAME_VARIABLE
+from ..tiers.redis_url import LOGIN_HINT
 from .console import CommandError, in_parallel, progress
 
 _CONNECT_SECONDS = 5.0
@@ -30,10 +30,7 @@ _MAX_SEGMENT_BYTES = 64 << 30
 _HEADER_BYTES = 1 << 16  # of most segments: 12 bytes a token, and a little more
 _SHORTEST_BEGINNING = 8
 
-_HINTS: Mapping[Fault, str] = {
-    "auth": f"; who to log in as is taken from {USERNAME_VARIABLE} and {PASSWORD_VARIABLE}, or "
-    f"from the file that {FILE_VARIABLE} names"
-}
+_HINTS: Mapping[Fault, str] = {"auth": f"; {LOGIN_HINT}"}
 
 
 @dataclass(frozen=True)

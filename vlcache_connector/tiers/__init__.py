@@ -16,7 +16,7 @@ from .base import (
 from .breaker import BreakerState, CircuitBreaker
 from .disk import DiskTier
 from .guarded import GuardedTier, Operation, TierCounters, TransferTime
-from .opening import open_tiers
+from .opening import configured, open_tier, open_tiers
 from .redis import RedisTier
 from .redis_url import Credentials, RedisAddress
 
@@ -42,5 +42,7 @@ __all__ = [
     "TierName",
     "TierUsage",
     "TransferTime",
+    "configured",
+    "open_tier",
     "open_tiers",
 ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from ..config import ConfigError, VLCacheConfig
-from .base import Deadline, Tier, TierError
+from .base import TIER_NAMES, Deadline, Tier, TierError, TierName
 from .breaker import CircuitBreaker
 from .disk import DiskTier
 from .guarded import GuardedTier, TransferTime
 from .redis import RedisTier
+from .redis_url import LOGIN_HINT
 
 _START_SECONDS = 5.0
+_KEYS: dict[TierName, str] = {"disk": "disk_path", "redis": "redis_url"}
 
 
 def open_tiers(config: VLCacheConfig, fingerprint: str, model_name: str) -> list[GuardedTier]:
@@ -21,35 +23,10 @@ def open_tiers(config: VLCacheConfig, fingerprint: str, model_name: str) -> list
     Raises:
         ConfigError: a setting is malformed, the disk can't be written to, or Redis does not answer.
     """
-    tiers: list[tuple[Tier, int | None]] = []
-    try:
-        if config.disk_path is not None:
-            disk = DiskTier(
-                config.disk_path, config.deployment, config.disk_bytes, config.ttl_seconds
-            )
-            tiers.append((disk, config.disk_bytes_per_second))
-        if config.redis_url is not None:
-            redis = RedisTier(
-                config.redis_url,
-                config.deployment,
-                config.ttl_seconds,
-                tls_ca_file=config.redis_tls_ca_file,
-            )
-            tiers.append((redis, config.redis_bytes_per_second))
-    except ValueError as error:
-        message = str(error).replace("tls_ca_file=", "redis_tls_ca_file=")
-        raise ConfigError(f"kv_connector_extra_config: {message}") from None
-    for tier, _ in tiers:
-        try:
-            tier.models(Deadline(_START_SECONDS))
-        except TierError as error:
-            key = "disk_path" if tier.name == "disk" else "redis_url"
-            raise ConfigError(
-                f"kv_connector_extra_config: {key}={getattr(config, key)!r} can't be used: {error} "
-                f"({error.fault}); see to it that it can, or leave {key} out"
-            ) from None
+    speeds = {"disk": config.disk_bytes_per_second, "redis": config.redis_bytes_per_second}
     opened = []
-    for tier, speed in tiers:
+    for tier in [open_tier(config, name) for name in configured(config)]:
+        speed = speeds[tier.name]
         latency = None if speed is None else 0.0
         opened.append(
             GuardedTier(
@@ -60,3 +37,44 @@ def open_tiers(config: VLCacheConfig, fingerprint: str, model_name: str) -> list
         )
         opened[-1].record_model(fingerprint, model_name, Deadline(_START_SECONDS))
     return opened
+
+
+def configured(config: VLCacheConfig) -> list[TierName]:
+    """Names of the tiers that a configuration asks for, fastest first."""
+    return [name for name in TIER_NAMES if getattr(config, _KEYS[name]) is not None]
+
+
+def open_tier(config: VLCacheConfig, name: TierName) -> Tier:
+    """A tier that answers.
+
+    Raises:
+        ConfigError: as `open_tiers`.
+    """
+    key = _KEYS[name]
+    tier: Tier
+    try:
+        if name == "disk":
+            assert config.disk_path is not None
+            tier = DiskTier(
+                config.disk_path, config.deployment, config.disk_bytes, config.ttl_seconds
+            )
+        else:
+            assert config.redis_url is not None
+            tier = RedisTier(
+                config.redis_url,
+                config.deployment,
+                config.ttl_seconds,
+                tls_ca_file=config.redis_tls_ca_file,
+            )
+    except ValueError as error:
+        message = str(error).replace("tls_ca_file=", "redis_tls_ca_file=")
+        raise ConfigError(f"kv_connector_extra_config: {message}") from None
+    try:
+        tier.models(Deadline(_START_SECONDS))
+    except TierError as error:
+        remedy = LOGIN_HINT if error.fault == "auth" else "see to it that it can"
+        raise ConfigError(
+            f"kv_connector_extra_config: {key}={getattr(config, key)!r} can't be used: {error} "
+            f"({error.fault}); {remedy}, or leave {key} out"
+        ) from None
+    return tier

@@ -273,6 +273,12 @@ class RedisTier(Tier):
             found = cast(dict[bytes, bytes], self._node(key).hgetall(key))
         return {k.decode(errors="replace"): v.decode(errors="replace") for k, v in found.items()}
 
+    def memory_limit(self, deadline: Deadline) -> tuple[int, str]:
+        """The server's `maxmemory` in bytes, 0 for none, and its `maxmemory-policy`."""
+        with self._calling(deadline):
+            info = cast(dict[str, Any], self._nodes()[0].info("memory"))
+        return int(info["maxmemory"]), str(info["maxmemory_policy"])
+
     def close(self) -> None:
         if self._client is not None:
             self._client.connection_pool.disconnect()

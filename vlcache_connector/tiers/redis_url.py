@@ -16,6 +16,11 @@ USERNAME_VARIABLE = "VLCACHE_REDIS_USERNAME"
 PASSWORD_VARIABLE = "VLCACHE_REDIS_PASSWORD"
 FILE_VARIABLE = "VLCACHE_REDIS_CREDENTIALS_FILE"
 
+LOGIN_HINT = (
+    f"who to log in as is taken from {USERNAME_VARIABLE} and {PASSWORD_VARIABLE}, or from the file "
+    f"that {FILE_VARIABLE} names"
+)
+
 _SCHEMES: dict[str, tuple[Topology, bool]] = {
     "redis": ("single", False),
     "rediss": ("single", True),

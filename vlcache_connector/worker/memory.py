@@ -10,6 +10,18 @@ import torch
 from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
 
 from ..config import ConfigError, VLCacheConfig
+from ..tiers import configured
+
+_SLACK = 1.05
+"""Room for headers and alignment, which the scheduler side's accounts leave out."""
+
+
+def host_memory(config: VLCacheConfig, num_ranks: int) -> int:
+    """Bytes of host memory that each rank takes at start."""
+    budget = config.cpu_bytes // num_ranks + config.encoder_cpu_bytes
+    if configured(config):  # what is being written keeps its memory after it was evicted
+        budget += config.write_queue_bytes
+    return int(budget * _SLACK) + (8 << 20)
 
 
 def check_memory(config: VLCacheConfig, host_bytes: int, device: torch.device) -> None:

@@ -1,17 +1,13 @@
 """The model object, and what the sparse prefill asks of it.
 
 vLLM seams: `SupportsMultiModal.embed_multimodal` / `embed_input_ids` / `get_language_model`,
-`SupportsMRoPE` (`vllm/model_executor/models/interfaces.py`), the decoder layers' call, Qwen3-VL's
-deepstack buffers (`vllm/model_executor/models/qwen3_vl.py`), and one patch,
-`BaseModelLoader.load_model` (`vllm/model_executor/model_loader/base_loader.py`): connectors are
-not handed the model, and this is the only place that sees it for both model runners.
+`SupportsMRoPE` (`vllm/model_executor/models/interfaces.py`), the decoder layers' call, and
+Qwen3-VL's deepstack buffers (`vllm/model_executor/models/qwen3_vl.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
@@ -29,44 +24,7 @@ from ..support import UnsupportedError, model_dtype
 from .rotary import UnsupportedRotaryError, rotary_spec
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
-
-_loaded: list[tuple[weakref.ref[ModelConfig], weakref.ref[torch.nn.Module]]] = []
-
-
-def remember_loaded_models() -> None:
-    """Patch the model loader, once per process, to remember what it loads."""
-    original = BaseModelLoader.load_model
-    if hasattr(original, "_vlcache_original"):
-        return
-
-    @functools.wraps(original)
-    def load_model(
-        self: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
-    ) -> torch.nn.Module:
-        model = original(self, vllm_config, model_config, prefix)
-        _loaded.append((weakref.ref(model_config), weakref.ref(model)))
-        return model
-
-    load_model._vlcache_original = original  # type: ignore[attr-defined]
-    BaseModelLoader.load_model = load_model  # type: ignore[method-assign]
-
-
-def loaded_model(vllm_config: VllmConfig) -> torch.nn.Module:
-    """The model that this process loaded for `vllm_config`.
-
-    Raises:
-        RuntimeError: no loader was seen; the plugin was not active when the model was loaded.
-    """
-    for config_ref, model_ref in reversed(_loaded):
-        model = model_ref()
-        if model is not None and config_ref() is vllm_config.model_config:
-            return model
-    raise RuntimeError(
-        "VLCache did not see the model being loaded: the vLLM plugin `vlcache` was not active. "
-        "Install the package (its entry point is in vllm.general_plugins) and, if VLLM_PLUGINS is "
-        "set, add `vlcache` to it"
-    )
+    from vllm.config import VllmConfig
 
 
 @dataclass(frozen=True)

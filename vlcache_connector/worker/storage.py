@@ -20,16 +20,13 @@ from ..store import Kind, LMCacheSegmentStore, Segment, SegmentStore
 from ..support import config_of, engine_id, kv_shape, model_fingerprint
 from ..tiers import open_tiers
 from .device import DeviceSegments
-from .memory import check_memory
+from .memory import check_memory, host_memory
 from .pace import Pace
 from .ranks import own_rank
 from .transfers import Admission, Transfers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-_SLACK = 1.05
-"""Room for headers and alignment, which the scheduler side's accounts leave out."""
 
 
 class Storage:
@@ -176,10 +173,7 @@ def _make(vllm_config: VllmConfig) -> _Opened:
     device = torch.device(current_platform.device_type)
     pace = Pace(device, config.prefill_tokens_per_second)
     tiers = open_tiers(config, fingerprint, model)
-    budget = config.cpu_bytes // num_ranks + config.encoder_cpu_bytes
-    if tiers:  # what is being written keeps its memory after it was evicted
-        budget += config.write_queue_bytes
-    budget = int(budget * _SLACK) + (8 << 20)
+    budget = host_memory(config, num_ranks)
     check_memory(config, budget, device)
     host = LMCacheSegmentStore(
         model_name=model,

@@ -1,0 +1,602 @@
+"""All that VLCache uses of vLLM, and whether this vLLM still has it.
+
+`SEAMS` names every seam: where it is, what is needed of it, and which file uses it. The connectors'
+classes are handed out only after all of it was found; where a seam has changed, the stand-ins of
+`off.py` take their place. Importing this file imports nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.metadata
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+DISTRIBUTION = "vlcache-connector"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """What one of our files needs of vLLM.
+
+    Attributes:
+        where: "module:name", or "module:Class.method".
+        user: our file.
+        parameters: what a function takes, in that order, `self` left out; None: not looked at.
+        is_exact: whether it must take nothing else, because what we wrote stands in its place.
+            Otherwise all further parameters need defaults.
+        fields: attributes, methods or members of a class or its objects.
+        in_source: look into the file, which wants a GPU or takes long to import.
+    """
+
+    where: str
+    user: str
+    parameters: tuple[str, ...] | None = None
+    is_exact: bool = False
+    fields: tuple[str, ...] = ()
+    in_source: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """A seam that is not as it was, and how it differs."""
+
+    seam: Seam
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.seam.where} {self.problem} (needed by {self.seam.user})"
+
+
+def _is_there(user: str, *places: str) -> list[Seam]:
+    return [Seam(where, user) for where in places]
+
+
+def _takes(where: str, user: str, parameters: str) -> Seam:
+    return Seam(where, user, tuple(parameters.split()))
+
+
+def _has(where: str, user: str, fields: str) -> Seam:
+    return Seam(where, user, fields=tuple(fields.split()))
+
+
+def _replaced(owner: str, user: str, **methods: str) -> list[Seam]:
+    """Methods that we override or patch, with their parameters."""
+    return [
+        Seam(f"{owner}.{method}", user, tuple(parameters.split()), is_exact=True)
+        for method, parameters in methods.items()
+    ]
+
+
+_KV_BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
+_EC_BASE = "vllm.distributed.ec_transfer.ec_connector.base"
+_METRICS = "vllm.distributed.kv_transfer.kv_connector.v1.metrics"
+_INTERFACES = "vllm.model_executor.models.interfaces"
+_ROTARY = "vllm.model_executor.layers.rotary_embedding"
+_BACKENDS = "vllm.v1.attention.backends"
+
+SEAMS: tuple[Seam, ...] = (
+    # -- the plug-in and its patches ------------------------------------------------------------
+    _takes(
+        "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.register_connector",
+        "__init__.py",
+        "name module_path class_name",
+    ),
+    _has(
+        "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory",
+        "__init__.py",
+        "_registry",
+    ),
+    _takes(
+        "vllm.distributed.ec_transfer.ec_connector.factory:ECConnectorFactory.register_connector",
+        "__init__.py",
+        "name module_path class_name",
+    ),
+    _has(
+        "vllm.distributed.ec_transfer.ec_connector.factory:ECConnectorFactory",
+        "__init__.py",
+        "_registry",
+    ),
+    *_replaced("vllm.config:VllmConfig", "frontend.py", _resolve_mm_embedding_inputs=""),
+    _has(
+        "vllm.config:MultiModalConfig",
+        "frontend.py",
+        "enable_mm_embeds allow_missing_mm_embeddings",
+    ),
+    _has("vllm.config:VllmConfig", "frontend.py", "model_config kv_transfer_config"),
+    _has(
+        "vllm.multimodal.processing.inputs:ProcessorInputs",
+        "frontend.py",
+        "get_mm_hashes mm_uuid_items",
+    ),
+    *_replaced(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader",
+        "worker/loaded.py",
+        load_model="vllm_config model_config prefix",
+    ),
+    _takes(f"{_BACKENDS}.registry:register_backend", "attention/hook.py", "backend class_path"),
+    _has(
+        f"{_BACKENDS}.registry:AttentionBackendEnum",
+        "attention/hook.py",
+        "CPU_ATTN FLASH_ATTN FLASHINFER TRITON_ATTN is_overridden",
+    ),
+    _takes("vllm.utils.import_utils:resolve_obj_by_qualname", "attention/hook.py", "qualname"),
+    _has("vllm.v1.attention.backend:AttentionBackend", "attention/hook.py", "get_impl_cls"),
+    *(
+        Seam(
+            f"{_BACKENDS}.{module}.do_kv_cache_update",
+            "attention/hook.py",
+            ("layer", "key", "value", "kv_cache", "slot_mapping"),
+            is_exact=True,
+            in_source=True,
+        )
+        for module in (
+            "cpu_attn:CPUAttentionBackendImpl",
+            "flash_attn:FlashAttentionImpl",
+            "flashinfer:FlashInferImpl",
+            "triton_attn:TritonAttentionImpl",
+        )
+    ),
+    # -- the connectors -------------------------------------------------------------------------
+    *_is_there(
+        "connector.py", f"{_KV_BASE}:KVConnectorMetadata", f"{_KV_BASE}:KVConnectorWorkerMetadata"
+    ),
+    _has(f"{_KV_BASE}:KVConnectorRole", "connector.py", "SCHEDULER WORKER"),
+    _takes(
+        f"{_KV_BASE}:KVConnectorBase_V1.__init__",
+        "connector.py",
+        "vllm_config role kv_cache_config",
+    ),
+    _has(
+        f"{_KV_BASE}:KVConnectorBase_V1",
+        "connector.py",
+        "_vllm_config _kv_transfer_config _kv_cache_config _get_connector_metadata "
+        "requires_kv_delivery",
+    ),
+    *_replaced(
+        f"{_KV_BASE}:SupportsHMA", "connector.py", request_finished_all_groups="request block_ids"
+    ),
+    *_replaced(
+        f"{_KV_BASE}:KVConnectorBase_V1",
+        "connector.py",
+        register_kv_caches="kv_caches",
+        bind_connector_metadata="connector_metadata",
+        start_load_kv="forward_context kwargs",
+        wait_for_layer_load="layer_name",
+        save_kv_layer="layer_name kv_layer attn_metadata kwargs",
+        wait_for_save="",
+        build_connector_worker_meta="",
+        get_block_ids_with_load_errors="",
+        shutdown="",
+        bind_kv_cache_manager="kv_cache_manager",
+        on_new_request="request",
+        get_num_new_matched_tokens="request num_computed_tokens",
+        update_state_after_alloc="request blocks num_external_tokens",
+        get_external_cache_hit_sources="request num_external_tokens",
+        build_connector_meta="scheduler_output",
+        update_connector_output="connector_output",
+        request_finished="request block_ids",
+        reset_cache="",
+        get_kv_connector_stats="",
+        build_kv_connector_stats="data",
+        build_prom_metrics="vllm_config metric_types labelnames per_engine_labelvalues",
+    ),
+    _has(
+        "vllm.v1.metrics.cache_hit_source:CacheHitSource",
+        "connector.py",
+        "HOST DISK EXTERNAL_UNSPECIFIED",
+    ),
+    _has(
+        "vllm.config:ECTransferConfig",
+        "connector.py",
+        "ec_connector ec_connector_module_path ec_role engine_id ec_connector_extra_config",
+    ),
+    _takes(
+        "vllm.distributed.ec_transfer:ensure_ec_transfer_initialized", "connector.py", "vllm_config"
+    ),
+    _takes("vllm.logger:init_logger", "connector.py", "name"),
+    _has("vllm.v1.core.kv_cache_manager:KVCacheBlocks", "connector.py", "get_block_ids"),
+    _has("vllm.v1.outputs:KVConnectorOutput", "connector.py", "kv_connector_worker_meta"),
+    _has(f"{_EC_BASE}:ECConnectorRole", "encoder_connector.py", "SCHEDULER WORKER"),
+    _takes(f"{_EC_BASE}:ECConnectorBase.__init__", "encoder_connector.py", "vllm_config role"),
+    _has(f"{_EC_BASE}:ECConnectorBase", "encoder_connector.py", "_vllm_config is_producer"),
+    *_replaced(
+        f"{_EC_BASE}:ECConnectorBase",
+        "encoder_connector.py",
+        shutdown="",
+        bind_connector_metadata="connector_metadata",
+        start_load_caches="encoder_cache kwargs",
+        save_caches="encoder_cache mm_hash kwargs",
+        build_connector_worker_meta="",
+        has_cache_item="identifier",
+        update_state_after_alloc="request index",
+        build_connector_meta="scheduler_output",
+        update_connector_output="connector_output",
+    ),
+    _has("vllm.v1.outputs:ECConnectorOutput", "encoder_connector.py", "ec_connector_worker_meta"),
+    *_is_there("encoder_connector.py", "vllm.platforms:current_platform"),
+    _has("vllm.platforms.interface:Platform", "encoder_connector.py", "device_type"),
+    *_is_there("protocol.py", f"{_EC_BASE}:ECConnectorMetadata"),
+    *_replaced(f"{_KV_BASE}:KVConnectorWorkerMetadata", "protocol.py", aggregate="other"),
+    *_replaced(f"{_EC_BASE}:ECConnectorWorkerMetadata", "protocol.py", aggregate="other"),
+    _has(f"{_METRICS}:KVConnectorStats", "metrics.py", "data"),
+    *_replaced(
+        f"{_METRICS}:KVConnectorStats",
+        "metrics.py",
+        reset="",
+        aggregate="other",
+        reduce="",
+        is_empty="",
+    ),
+    *_replaced(
+        f"{_METRICS}:KVConnectorPromMetrics",
+        "metrics.py",
+        __init__="vllm_config metric_types labelnames per_engine_labelvalues",
+        observe="transfer_stats_data engine_idx",
+    ),
+    _has(f"{_METRICS}:KVConnectorPromMetrics", "metrics.py", "per_engine_labelvalues"),
+    # -- the configuration ----------------------------------------------------------------------
+    _has(
+        "vllm.config:VllmConfig",
+        "support.py",
+        "model_config cache_config parallel_config scheduler_config load_config lora_config "
+        "speculative_config compilation_config kv_transfer_config ec_transfer_config "
+        "use_v2_model_runner",
+    ),
+    _has(
+        "vllm.config:KVTransferConfig",
+        "support.py",
+        "kv_connector kv_role engine_id is_kv_producer is_kv_consumer kv_connector_extra_config",
+    ),
+    _has(
+        "vllm.config:ParallelConfig",
+        "support.py",
+        "tensor_parallel_size pipeline_parallel_size data_parallel_size "
+        "prefill_context_parallel_size decode_context_parallel_size is_moe_model enable_dbo",
+    ),
+    _has(
+        "vllm.config:ModelConfig",
+        "support.py",
+        "model revision seed dtype quantization hf_config architectures multimodal_config "
+        "is_multimodal_model is_mm_prefix_lm use_mla uses_mrope get_num_layers get_num_kv_heads "
+        "get_head_size get_inputs_embeds_size",
+    ),
+    _has("vllm.config:MultiModalConfig", "support.py", "video_pruning_rate mm_processor_kwargs"),
+    _has("vllm.config:CacheConfig", "support.py", "cache_dtype block_size"),
+    _has("vllm.config:SchedulerConfig", "support.py", "max_num_batched_tokens"),
+    _has("vllm.config:LoadConfig", "support.py", "load_format"),
+    _has("vllm.config:LoRAConfig", "support.py", "enable_tower_connector_lora"),
+    _has("vllm.config:SpeculativeConfig", "support.py", "use_eagle uses_draft_model"),
+    _has(
+        "vllm.v1.kv_cache_interface:KVCacheConfig", "support.py", "kv_cache_groups hash_block_size"
+    ),
+    _has("vllm.v1.kv_cache_interface:KVCacheGroupSpec", "support.py", "kv_cache_spec layer_names"),
+    _has(
+        "vllm.v1.kv_cache_interface:FullAttentionSpec",
+        "support.py",
+        "sliding_window attention_chunk_size head_size head_size_v",
+    ),
+    # -- the scheduler side ---------------------------------------------------------------------
+    _has(
+        "vllm.v1.request:Request",
+        "scheduler/scheduler.py",
+        "request_id status mm_features num_tokens num_computed_tokens num_preemptions "
+        "prefill_stats skip_reading_prefix_cache block_hashes",
+    ),
+    _has("vllm.v1.request:RequestStatus", "scheduler/scheduler.py", "RUNNING"),
+    _takes(
+        "vllm.v1.metrics.stats:PrefillStats.set",
+        "scheduler/scheduler.py",
+        "num_prompt_tokens num_local_cached_tokens num_external_cached_tokens",
+    ),
+    _has(
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        "scheduler/scheduler.py",
+        "num_scheduled_tokens total_num_scheduled_tokens preempted_req_ids",
+    ),
+    _takes(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids",
+        "scheduler/scheduler.py",
+        "request_id",
+    ),
+    _has("vllm.v1.core.kv_cache_manager:KVCacheManager", "scheduler/scheduler.py", "block_pool"),
+    _has(
+        "vllm.v1.request:Request",
+        "scheduler/requests.py",
+        "prompt_token_ids prompt_embeds lora_request pooling_params resumable cache_salt "
+        "kv_transfer_params",
+    ),
+    _takes(
+        "vllm.multimodal.inputs:MultiModalFeatureSpec",
+        "scheduler/requests.py",
+        "data modality identifier mm_position",
+    ),
+    _has("vllm.multimodal.inputs:MultiModalKwargsItem", "scheduler/requests.py", "items"),
+    _has(
+        "vllm.multimodal.inputs:PlaceholderRange",
+        "scheduler/requests.py",
+        "offset length is_embed get_num_embeds",
+    ),
+    _has(
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        "scheduler/encoder.py",
+        "scheduled_encoder_inputs",
+    ),
+    _has("vllm.v1.request:Request", "scheduler/fence.py", "block_hashes update_block_hashes"),
+    _takes(
+        "vllm.v1.core.kv_cache_utils:get_request_block_hasher",
+        "scheduler/fence.py",
+        "hash_block_size caching_hash_fn",
+    ),
+    _takes("vllm.v1.core.kv_cache_utils:init_none_hash", "scheduler/fence.py", "hash_fn"),
+    *_is_there(
+        "scheduler/fence.py",
+        "vllm.v1.core.kv_cache_utils:BlockHash",
+        "vllm.utils.hashing:sha256",
+        "vllm.sampling_params:SamplingParams",
+    ),
+    _takes(
+        "vllm.v1.core.block_pool:BlockPool.get_new_blocks", "scheduler/canonical.py", "num_blocks"
+    ),
+    _takes(
+        "vllm.v1.core.block_pool:BlockPool.free_blocks", "scheduler/canonical.py", "ordered_blocks"
+    ),
+    _takes("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", "scheduler/canonical.py", ""),
+    _takes(
+        "vllm.multimodal.inputs:PlaceholderRange",
+        "scheduler/canonical.py",
+        "offset length is_embed",
+    ),
+    _takes(
+        "vllm.tokenizers:cached_tokenizer_from_config", "scheduler/canonical.py", "model_config"
+    ),
+    # -- the worker side ------------------------------------------------------------------------
+    _takes(
+        "vllm.forward_context:set_forward_context",
+        "worker/model.py",
+        "attn_metadata vllm_config num_tokens cudagraph_runtime_mode slot_mapping",
+    ),
+    _has("vllm.config:CUDAGraphMode", "worker/model.py", "NONE"),
+    _has("vllm.config:CompilationConfig", "worker/model.py", "static_forward_context"),
+    _takes("vllm.model_executor.models.utils:extract_layer_index", "worker/model.py", "layer_name"),
+    _takes(
+        "vllm.multimodal.utils:group_and_batch_mm_kwargs", "worker/model.py", "mm_kwargs device"
+    ),
+    _takes(
+        f"{_INTERFACES}:SupportsMultiModal.embed_input_ids",
+        "worker/model.py",
+        "input_ids multimodal_embeddings is_multimodal",
+    ),
+    _takes(f"{_INTERFACES}:SupportsMultiModal.embed_multimodal", "worker/model.py", "kwargs"),
+    _takes(f"{_INTERFACES}:SupportsMultiModal.get_language_model", "worker/model.py", ""),
+    _takes(
+        f"{_INTERFACES}:SupportsMRoPE.get_mrope_input_positions",
+        "worker/model.py",
+        "input_tokens mm_features",
+    ),
+    Seam(
+        "vllm.model_executor.models.qwen3_vl:Qwen3VLForConditionalGeneration",
+        "worker/model.py",
+        fields=(
+            "deepstack_input_embeds",
+            "deepstack_input_embeds_num_tokens",
+            "_get_deepstack_input_embeds",
+            "_set_deepstack_input_embeds",
+            "_clear_deepstack_input_embeds",
+        ),
+        in_source=True,
+    ),
+    *_is_there(
+        "worker/rotary.py",
+        f"{_ROTARY}:DynamicNTKAlphaRotaryEmbedding",
+        f"{_ROTARY}:DynamicNTKScalingRotaryEmbedding",
+        f"{_ROTARY}:LinearScalingRotaryEmbedding",
+        f"{_ROTARY}:Llama3RotaryEmbedding",
+        f"{_ROTARY}:YaRNScalingRotaryEmbedding",
+    ),
+    _has(
+        f"{_ROTARY}:RotaryEmbedding",
+        "worker/rotary.py",
+        "base head_size rotary_dim is_neox_style dtype",
+    ),
+    _takes(f"{_ROTARY}:RotaryEmbedding._compute_inv_freq", "worker/rotary.py", "base"),
+    _has(
+        f"{_ROTARY}:MRotaryEmbedding",
+        "worker/rotary.py",
+        "mrope_section mrope_interleaved scaling_factor",
+    ),
+    _takes("vllm.distributed.parallel_state:get_tp_group", "worker/ranks.py", ""),
+    _has(
+        "vllm.distributed.parallel_state:GroupCoordinator",
+        "worker/ranks.py",
+        "rank_in_group world_size cpu_group all_reduce",
+    ),
+    _takes("vllm.utils.cpu_resource_utils:get_cgroup_memory_limit", "worker/memory.py", ""),
+    _takes("vllm.utils.cpu_resource_utils:get_cgroup_memory_usage", "worker/memory.py", ""),
+    _takes(
+        "vllm.v1.attention.backend:CommonAttentionMetadata",
+        "attention/metadata.py",
+        "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens max_query_len "
+        "max_seq_len block_table_tensor slot_mapping causal is_prefilling seq_lens_cpu_upper_bound",
+    ),
+    _takes(
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__",
+        "attention/metadata.py",
+        "kv_cache_spec layer_names vllm_config device",
+    ),
+    _takes(
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
+        "attention/metadata.py",
+        "common_prefix_len common_attn_metadata",
+    ),
+    _has("vllm.v1.attention.backend:AttentionBackend", "attention/metadata.py", "get_builder_cls"),
+    _has(
+        "vllm.v1.kv_cache_interface:FullAttentionSpec",
+        "attention/metadata.py",
+        "block_size copy_with_new_block_size",
+    ),
+    _takes(
+        "vllm.v1.worker.utils:select_common_block_size",
+        "attention/metadata.py",
+        "kv_manager_block_size backends kv_cache_specs",
+    ),
+    _takes("vllm.config:set_current_vllm_config", "attention/metadata.py", "vllm_config"),
+    _has(
+        "vllm.model_executor.layers.attention:Attention",
+        "attention/paged.py",
+        "attn_type kv_sharing_target_layer_name kv_cache kv_cache_dtype num_kv_heads impl "
+        "layer_name get_attn_backend",
+    ),
+    _has("vllm.platforms.interface:Platform", "attention/paged.py", "is_fp8_fnuz"),
+)
+
+
+def check_seams(seams: Iterable[Seam] = SEAMS) -> list[Change]:
+    """The seams that are not as the table says; nothing of vLLM is changed by looking."""
+    return [Change(seam, problem) for seam in seams if (problem := _problem(seam)) is not None]
+
+
+@functools.cache
+def changes() -> tuple[Change, ...]:
+    """All that has changed in the vLLM of this process."""
+    return tuple(check_seams() or (*_new_duties(), *_behaviour()))
+
+
+def intact(user: str) -> bool:
+    """Whether all that one of our files needs is there."""
+    return not check_seams(seam for seam in SEAMS if seam.user == user)
+
+
+def explain(found: Iterable[Change]) -> str:
+    """One line: what has changed, and what to do."""
+    first, *others = found
+    more = f", and {len(others)} more (`vlcache doctor` lists them)" if others else ""
+    return (
+        f"vLLM {_find('vllm:__version__')} is not the one that this VLCache was made for "
+        f"({supported('vllm')}): {first}{more}. Install such a vLLM, or a VLCache for this one"
+    )
+
+
+def untested_version() -> str | None:
+    """That this vLLM is of no version that VLCache is made for; None: it is."""
+    version, range_ = _find("vllm:__version__"), supported("vllm")
+    if range_.contains(version, prereleases=True):
+        return None
+    return f"vLLM {version} is untested, VLCache is made for {range_}"
+
+
+def supported(package: str, by: str = DISTRIBUTION) -> SpecifierSet:
+    """The versions of a package that a distribution asks for in its metadata.
+
+    Raises:
+        PackageNotFoundError: the distribution is not installed.
+    """
+    asked = map(Requirement, importlib.metadata.requires(by) or ())
+    here = [r for r in asked if r.name == package and (r.marker is None or r.marker.evaluate())]
+    return SpecifierSet(",".join(str(requirement.specifier) for requirement in here))
+
+
+def _new_duties() -> list[Change]:
+    """Methods that vLLM has come to ask of every connector."""
+    found, known = [], {seam.where for seam in SEAMS}
+    for base in (f"{_KV_BASE}:KVConnectorBase_V1", f"{_EC_BASE}:ECConnectorBase"):
+        asked: frozenset[str] = _find(base).__abstractmethods__
+        if new := [method for method in sorted(asked) if f"{base}.{method}" not in known]:
+            found.append(Change(Seam(base, "connector.py"), f"asks for {', '.join(new)}"))
+    return found
+
+
+def _behaviour() -> list[Change]:
+    """What no signature tells: whether a real request's block hashes can be fenced."""
+    from .scheduler import fence
+
+    try:
+        fence.self_test()
+    except RuntimeError as error:
+        seam = Seam("vllm.v1.request:Request", "scheduler/fence.py")
+        return [Change(seam, f"behaves differently: {error}")]
+    return []
+
+
+def _problem(seam: Seam) -> str | None:
+    try:
+        taken, fields = (_written if seam.in_source else _imported)(seam)
+    except (ImportError, AttributeError, OSError):
+        return "is not there"
+    except Exception as error:  # a module may raise anything while it is imported
+        return f"can't be looked at: {type(error).__name__}: {error}"
+    missing = [field for field in seam.fields if field not in fields]
+    if missing:
+        return f"has no {', '.join(missing)}"
+    if seam.parameters is None or _fits(seam.parameters, taken, is_exact=seam.is_exact):
+        return None
+    return f"takes ({', '.join(taken)}), not ({', '.join(seam.parameters)})"
+
+
+def _fits(needed: tuple[str, ...], taken: dict[str, bool], *, is_exact: bool) -> bool:
+    """`taken`: names of parameters, and whether they may be left out."""
+    if is_exact:
+        return tuple(taken) == needed
+    return needed == tuple(name for name in taken if name in needed) and all(
+        is_optional for name, is_optional in taken.items() if name not in needed
+    )
+
+
+def _imported(seam: Seam) -> tuple[dict[str, bool], set[str]]:
+    """Parameters and fields of the real thing."""
+    target, taken, fields = _find(seam.where), dict[str, bool](), set[str]()
+    if seam.parameters is not None:
+        for parameter in inspect.signature(target).parameters.values():
+            is_rest = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            taken[parameter.name] = is_rest or parameter.default is not parameter.empty
+        taken.pop("self", None)
+    if seam.fields:
+        fields = {field for field in seam.fields if hasattr(target, field)}
+        for cls in inspect.getmro(target):
+            fields |= inspect.get_annotations(cls).keys()
+            constructor = inspect.unwrap(cls.__dict__.get("__init__", object.__init__))
+            # The names that a constructor's code knows are those that it sets, too.
+            fields |= set(getattr(getattr(constructor, "__code__", None), "co_names", ()))
+    return taken, fields
+
+
+def _find(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+def _written(seam: Seam) -> tuple[dict[str, bool], set[str]]:
+    """The same, as the file has it."""
+    module, _, name = seam.where.partition(":")
+    class_name, _, method = name.partition(".")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ImportError(module)
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    # Of large files only the class: parsing all of them takes long.
+    found = re.search(rf"^class {class_name}\b.*?(?=^[@a-zA-Z#]|\Z)", text, re.M | re.S)
+    if found is None:
+        raise AttributeError(name)
+    tree = ast.parse(found[0])
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    if not method:
+        return {}, attributes | functions.keys()
+    if method not in functions:
+        raise AttributeError(name)
+    arguments = functions[method].args
+    names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+    first_optional = len(names) - len(arguments.defaults)
+    taken = {name: index >= first_optional for index, name in enumerate(names) if name != "self"}
+    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        taken[argument.arg] = default is not None
+    return taken, set()
