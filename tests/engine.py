@@ -101,6 +101,7 @@ class Engine:
         connector: `kv_connector_extra_config`, over small budgets and no least number of
             recomputed tokens; None runs plain vLLM.
         environment: of the child, over the defaults.
+        prepare: called in the child before the engine is made; it must be importable there.
         arguments: of `vllm.LLM`.
     """
 
@@ -109,6 +110,7 @@ class Engine:
         model: Path,
         connector: dict[str, Any] | None,
         environment: dict[str, str] | None = None,
+        prepare: Callable[[], None] | None = None,
         **arguments: Any,
     ) -> None:
         context = _context()
@@ -142,6 +144,7 @@ class Engine:
                 child,
                 str(model),
                 {**_ENVIRONMENT, **(environment or {})},
+                prepare,
                 {**defaults, **arguments},
             ),
             daemon=False,
@@ -207,10 +210,16 @@ class EngineError(RuntimeError):
 
 
 def _serve(
-    connection: Connection, model: str, environment: dict[str, str], arguments: dict[str, Any]
+    connection: Connection,
+    model: str,
+    environment: dict[str, str],
+    prepare: Callable[[], None] | None,
+    arguments: dict[str, Any],
 ) -> None:
     os.environ.update(environment)
     try:
+        if prepare is not None:
+            prepare()
         if arguments["enforce_eager"]:
             # vLLM compiles the gathering of log-probs all the same, which takes seconds.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"

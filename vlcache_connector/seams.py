@@ -8,6 +8,7 @@ classes are handed out only after all of it was found; where a seam has changed,
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import importlib.metadata
 import importlib.util
@@ -553,20 +554,25 @@ def _fits(needed: tuple[str, ...], taken: dict[str, bool], *, is_exact: bool) ->
 
 def _imported(seam: Seam) -> tuple[dict[str, bool], set[str]]:
     """Parameters and fields of the real thing."""
-    target, taken, fields = _find(seam.where), dict[str, bool](), set[str]()
+    target, taken = _find(seam.where), dict[str, bool]()
     if seam.parameters is not None:
         for parameter in inspect.signature(target).parameters.values():
             is_rest = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             taken[parameter.name] = is_rest or parameter.default is not parameter.empty
         taken.pop("self", None)
-    if seam.fields:
-        fields = {field for field in seam.fields if hasattr(target, field)}
+    fields = {field for field in seam.fields if hasattr(target, field)}
+    if len(fields) < len(seam.fields):  # what only objects have
         for cls in inspect.getmro(target):
-            fields |= inspect.get_annotations(cls).keys()
-            constructor = inspect.unwrap(cls.__dict__.get("__init__", object.__init__))
-            # The names that a constructor's code knows are those that it sets, too.
-            fields |= set(getattr(getattr(constructor, "__code__", None), "co_names", ()))
+            fields |= inspect.get_annotations(cls).keys() | _set_by(cls.__dict__.get("__init__"))
     return taken, fields
+
+
+def _set_by(constructor: Any) -> set[str]:
+    """The fields that a constructor gives to its object."""
+    if not inspect.isfunction(constructor):
+        return set()
+    code = dis.get_instructions(inspect.unwrap(constructor))
+    return {step.argval for step in code if step.opname == "STORE_ATTR"}
 
 
 def _find(where: str) -> Any:

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,8 @@ from ..config import ConfigError, VLCacheConfig
 from .console import size_text
 
 if TYPE_CHECKING:
+    import torch
+
     from ..tiers import Tier, TierName
 
 Result = Literal["ok", "warning", "failure"]
@@ -262,7 +264,7 @@ def _attention(wanted: str | None) -> Iterator[Finding]:
     if name not in PACKED_BACKENDS:
         yield Finding("kernel", f"not used: with {name}, vLLM's own write follows a rotation")
         return
-    problem = _kernel_problem()
+    problem = kernel_problem(torch.device("cuda"))
     if problem is None:
         yield Finding("kernel", "runs, and gives torch's bits")
     else:
@@ -274,16 +276,17 @@ def _attention(wanted: str | None) -> Iterator[Finding]:
         )
 
 
-def _kernel_problem() -> str | None:
+def kernel_problem(device: torch.device) -> str | None:
+    """Why the Triton kernel can't be used on a device, in a cache of its own; None: it can."""
     import torch
 
     from ..kernels.check import obstacle
     from ..kernels.paged import PagedKV
     from ..rope import RotarySpec
 
-    cache = torch.zeros(2, 2, 16, 2 * _HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    cache = torch.zeros(2, 2, 16, 2 * _HEAD_DIM, dtype=torch.bfloat16, device=device)
     key, value = cache.transpose(1, 2).chunk(2, dim=-1)
-    scale = torch.ones(1, device="cuda")
+    scale = torch.ones(1, device=device)
     inv_freq = 10_000.0 ** -(torch.arange(0, _HEAD_DIM, 2) / _HEAD_DIM)
     spec = RotarySpec(inv_freq, _HEAD_DIM, _HEAD_DIM, is_neox=True)
     return obstacle(PagedKV(key, value, scale, scale), spec, torch.bfloat16)
@@ -328,7 +331,7 @@ def _refused(check: str, message: str) -> Finding:
     message = message.removeprefix("kv_connector_extra_config: ")
     match = re.fullmatch(r"(.*)(?:; |\. )(.+)", message)
     problem, remedy = match.groups() if match else (message, "correct it")
-    return Finding(check, problem, remedy, "failure")
+    return Finding(check, problem, remedy[0].lower() + remedy[1:], "failure")
 
 
 def _memory(config: VLCacheConfig, num_ranks: int) -> Iterator[Finding]:
@@ -344,7 +347,8 @@ def _memory(config: VLCacheConfig, num_ranks: int) -> Iterator[Finding]:
     try:
         check_memory(config, needed, torch.device(current_platform.device_type))
     except ConfigError as error:
-        yield _refused("memory", str(error))
+        refused = _refused("memory", str(error))
+        yield replace(refused, remedy=f"{refused.remedy}, unless the server runs here already")
         return
     free = available_host_memory()
     yield Finding("memory", f"{size_text(needed)} of the {size_text(free)} that are free")
