@@ -111,7 +111,7 @@ def test_a_wrong_password(
     monkeypatch.setenv("VLCACHE_REDIS_PASSWORD", "wr0ng")
     status, rows, [line] = doctor(redis_url=redis.url)
     assert status == 1
-    assert "(auth); who to log in as is taken from VLCACHE_REDIS_USERNAME and" in line
+    assert "(auth); put who to log in as into VLCACHE_REDIS_USERNAME and" in line
     assert not {"hunter2", "wr0ng"} & set(re.findall(r"\w+", line + str(rows)))
     monkeypatch.setenv("VLCACHE_REDIS_PASSWORD", "hunter2")
     status, rows, _ = doctor(redis_url=redis.url)

@@ -80,7 +80,7 @@ def test_a_redis_that_does_not_answer_is_refused(
 
     monkeypatch.setenv("VLCACHE_REDIS_PASSWORD", "wr0ng")
     message = refusal(redis_url=redis_server(requirepass="s3cret").url)
-    assert "(auth)" in message
+    assert "(auth); put who to log in as into VLCACHE_REDIS_USERNAME and " in message
     assert "wr0ng" not in message
 
 

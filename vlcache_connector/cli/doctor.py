@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,14 +46,17 @@ def add_command(commands: Any) -> None:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Check everything."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from .checks import Options
 
     if args.config is not None:
         options = Options.read(args.config)
     else:
         options = Options(args.kv_transfer_config or {})
-    findings = _run(options)
+    logging.disable(logging.WARNING)  # the table says it better
+    try:
+        findings = _run(options)
+    finally:
+        logging.disable(logging.NOTSET)
     failures = [finding for finding in findings if finding.result == "failure"]
     if args.json:
         rows = [vars(finding) for finding in findings]
@@ -70,7 +73,7 @@ def _run(options: Any) -> list[Finding]:
     from .checks import Finding, checks
 
     findings: list[Finding] = []
-    # vLLM logs to stdout, which is for the result.
+    # Whatever is printed meanwhile is no result.
     with contextlib.redirect_stdout(sys.stderr), err().status("") as status:
         for name, check in checks(options):
             status.update(f"checking {name}")
@@ -88,7 +91,7 @@ def _run(options: Any) -> list[Finding]:
 def _table(findings: list[Finding]) -> Table:
     table = Table()
     for column in ("check", "result", "found", "what to do"):
-        table.add_column(column, no_wrap=column in ("check", "result"))
+        table.add_column(column, overflow="fold", no_wrap=column in ("check", "result"))
     for finding in findings:
         table.add_row(
             finding.check,

@@ -17,8 +17,8 @@ PASSWORD_VARIABLE = "VLCACHE_REDIS_PASSWORD"
 FILE_VARIABLE = "VLCACHE_REDIS_CREDENTIALS_FILE"
 
 LOGIN_HINT = (
-    f"who to log in as is taken from {USERNAME_VARIABLE} and {PASSWORD_VARIABLE}, or from the file "
-    f"that {FILE_VARIABLE} names"
+    f"put who to log in as into {USERNAME_VARIABLE} and {PASSWORD_VARIABLE}, or into a file that "
+    f"{FILE_VARIABLE} names"
 )
 
 _SCHEMES: dict[str, tuple[Topology, bool]] = {
