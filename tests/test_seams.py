@@ -6,6 +6,7 @@ import ast
 import functools
 import inspect
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from vlcache_connector import connector, encoder_connector, off, seams
 from vlcache_connector.seams import SEAMS, Seam, check_seams
 
 PACKAGE = Path(vlcache_connector.__file__).parent
+PUBLIC = ("cli", "measure")
+"""Parts that run no connector, and use what vLLM offers everyone."""
 
 
 def changed() -> list[str]:
@@ -54,7 +57,7 @@ def test_the_installed_vllm_has_all_of_them() -> None:
 def test_the_table_has_all_that_is_imported() -> None:
     known = {id(seams._find(root(seam))) for seam in SEAMS if not seam.in_source}
     for path in PACKAGE.rglob("*.py"):
-        if path.parent.name in ("cli", "measure"):  # they use what vLLM offers everyone
+        if path.parent.name in PUBLIC:
             continue
         for module, name in imported(path):
             assert id(seams._find(f"{module}:{name}")) in known, f"{path.name}: {module}:{name}"
@@ -64,6 +67,18 @@ def root(seam: Seam) -> str:
     """The class, where the seam is one of its methods."""
     module, _, name = seam.where.partition(":")
     return f"{module}:{name.partition('.')[0]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("request", "vllm.v1.request:Request"), ("vllm_config", "vllm.config:VllmConfig")],
+)
+def test_the_table_has_all_fields_that_are_used(name: str, where: str) -> None:
+    listed = {field for seam in SEAMS if seam.where == where for field in seam.fields}
+    for path in PACKAGE.rglob("*.py"):
+        used = re.findall(rf"\b_?{name}\.(?!py\b)(\w+)", path.read_text())
+        if path.parent.name not in PUBLIC:
+            assert set(used) <= listed, path.name
 
 
 def test_every_file_of_the_table_exists_and_uses_vllm() -> None:

@@ -332,7 +332,11 @@ SEAMS: tuple[Seam, ...] = (
         "scheduler/encoder.py",
         "scheduled_encoder_inputs",
     ),
-    _has("vllm.v1.request:Request", "scheduler/fence.py", "block_hashes update_block_hashes"),
+    _has(
+        "vllm.v1.request:Request",
+        "scheduler/fence.py",
+        "request_id block_hashes update_block_hashes append_output_token_ids",
+    ),
     _takes(
         "vllm.v1.core.kv_cache_utils:get_request_block_hasher",
         "scheduler/fence.py",
