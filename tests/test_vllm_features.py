@@ -92,7 +92,7 @@ def test_consumers_store_nothing(tiny_model: Callable[..., Path], tmp_path: Path
         None,
         kv_transfer_config={
             "kv_connector": "VLCacheConnector",
-            "kv_connector_module_path": "vlcache_connector.connector",
+            "kv_connector_module_path": "vlcache_connector",
             "kv_role": "kv_consumer",
             "kv_connector_extra_config": {
                 "cpu_bytes": "64MiB",
