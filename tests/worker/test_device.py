@@ -6,7 +6,9 @@ import torch
 
 from vlcache_connector.store import Segment, SegmentInfo
 from vlcache_connector.worker.device import DeviceSegments
+from vlcache_connector.worker.streams import Leaving
 
+CPU = torch.device("cpu")
 LAYERS, TOKENS = 3, 4
 BYTES = LAYERS * 2 * TOKENS * 2 * 8 * 4
 
@@ -20,7 +22,7 @@ def segment(key: str, released: list[str]) -> Segment:
 
 
 def make(budget: int) -> DeviceSegments:
-    return DeviceSegments(budget, torch.device("cpu"))
+    return DeviceSegments(budget, CPU, None, Leaving(None, CPU))
 
 
 def test_a_copy_equals_its_segment_and_lets_go_of_the_hosts_memory() -> None:
