@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from unordered_device import Device
 
+from vlcache_connector.rope import RotarySpec
 from vlcache_connector.store import LMCacheSegmentStore, Segment, SegmentInfo
-from vlcache_connector.worker import streams
+from vlcache_connector.support import KVShape
+from vlcache_connector.worker import loader, streams
 from vlcache_connector.worker.device import DeviceSegments
+from vlcache_connector.worker.injection import PlacedSegment, write_by_vllm
+from vlcache_connector.worker.loader import LoadedPlan, Loader
 from vlcache_connector.worker.storage import Storage
 from vlcache_connector.worker.streams import Leaving, Ring, StagedSegment, upload
 from vlcache_connector.worker.transfers import Admission
@@ -25,6 +30,7 @@ CPU = torch.device("cpu")
 logging_sets_off_a_warning = pytest.mark.filterwarnings(
     "ignore:`LoggingHandler`:DeprecationWarning"
 )
+SPEC = RotarySpec(torch.tensor([1.0, 0.3, 0.1, 0.03]), 8, 8, is_neox=True)
 ROW_BYTES = 2 * 2 * 8 * 4
 
 
@@ -133,6 +139,56 @@ def test_what_does_not_fit_twice_is_read_from_the_host() -> None:
     assert StagedSegment(staged, 0, large).layer(3)[0].data_ptr() == large.layer(3)[0].data_ptr()
     staged.close()
     device.drain()
+
+
+def test_a_device_without_room_for_the_ring_is_one_line_and_no_ring(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_room(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    device = Device(0)
+    storage: Any = SimpleNamespace(side=device, leaving=Leaving(device, CPU))
+    shape = KVShape(7, 2, 8, torch.float32, block_size=16)
+    made = Loader(storage, SimpleNamespace(), shape, CPU, write_by_vllm)
+    entries = []
+    for number in range(2):
+        segment = make_segment(number, 7, 2)
+        placed = PlacedSegment(segment, SPEC, torch.arange(2), None)
+        plan, inputs = SimpleNamespace(), SimpleNamespace()
+        entries.append(LoadedPlan(plan, inputs, {0: segment}, {0: placed}))
+    with monkeypatch.context() as patched, caplog.at_level("WARNING", logger=loader.__name__):
+        patched.setattr(torch, "empty", no_room)
+        for entry in entries:
+            made._stage([entry])
+            made.finish([])
+    assert [type(entry.placed[0].segment) for entry in entries] == [Segment, Segment]
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "Lower --gpu-memory-utilization" in line
+    device.drain()
+
+
+def test_a_load_reads_through_the_ring() -> None:
+    device = Device(0)
+    storage: Any = SimpleNamespace(side=device, leaving=Leaving(device, CPU))
+    shape = KVShape(7, 2, 8, torch.float32, block_size=16)
+    made = Loader(storage, SimpleNamespace(), shape, CPU, write_by_vllm)
+    released: list[int] = []
+    segment = make_segment(1, 7, 2)
+    segment._on_release = lambda _: released.append(1)
+    placed = PlacedSegment(segment, SPEC, torch.arange(2), None)
+    entry = LoadedPlan(SimpleNamespace(), SimpleNamespace(), {0: segment}, {0: placed})
+    made._stage([entry])
+    key, _ = entry.placed[0].kv(6, slice(0, 2))
+    found = torch.zeros_like(key)
+    device.run(lambda: found.copy_(key))
+    expected = segment.layer(6)[0].clone()
+    made.finish([entry])
+    device.drain()
+    assert torch.equal(found, expected)
+    assert key.data_ptr() != segment.layer(6)[0].data_ptr()
+    storage.leaving.poll()
+    assert released == [1]
 
 
 @pytest.mark.parametrize("seed", range(10))

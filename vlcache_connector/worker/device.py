@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 
 from ..store import Segment, SegmentInfo
 from .streams import Leaving, Mark, Side
+
+logger = init_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class DeviceSegments:
 
         Returns:
             The copy, which may still be arriving; the segment itself where it is larger than the
-            budget.
+            budget, or than the memory that is left.
         """
         layers = [segment.pair(layer) for layer in range(num_layers)]
         num_bytes = sum(layer.nbytes for layer in layers)
@@ -85,7 +88,17 @@ class DeviceSegments:
             return segment
         while self._used + num_bytes > self._budget:
             self.remove(next(iter(self._segments)))
-        kv = torch.empty((num_layers, *layers[0].shape), dtype=layers[0].dtype, device=self._device)
+        shape, dtype = (num_layers, *layers[0].shape), layers[0].dtype
+        try:
+            kv = torch.empty(shape, dtype=dtype, device=self._device)
+        except torch.OutOfMemoryError:
+            logger.warning(
+                "VLCache: device_bytes=%d: no room on the device for %d more; they are read from "
+                "host memory. Lower it, or --gpu-memory-utilization",
+                self._budget,
+                num_bytes,
+            )
+            return segment
         if self._side is None:
             for target, source in zip(kv, layers, strict=True):
                 target.copy_(source)
