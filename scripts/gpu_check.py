@@ -168,7 +168,9 @@ def child(mode: str, cell: dict[str, Any], report: Path) -> None:
         if mode == "exact":
             gpu_exact.run_cell(gpu_exact.Cell(**cell["cell"]), MODELS, emit)
         else:
-            gpu_speed.run_model(cell["model"], cell["device"], MODELS, emit, cell["seconds"])
+            gpu_speed.run_model(
+                cell["model"], cell["device"], cell["backend"], MODELS, emit, cell["seconds"]
+            )
 
 
 # -- what is shown ------------------------------------------------------------------------------
@@ -228,7 +230,11 @@ def about(device: str, arguments: Sequence[str]) -> dict[str, Any]:
 def run_exact(args: argparse.Namespace, console: Console) -> tuple[list[Outcome], list[str]]:
     """The exactness mode: outcomes, and lines of Markdown."""
     on_cpu = args.device == "cpu"
-    cells = [gpu_exact.CPU_CELL] if on_cpu else gpu_exact.make_cells()
+    cells = (
+        [gpu_exact.CPU_CELL]
+        if on_cpu
+        else gpu_exact.make_cells(args.backends or gpu_exact.BACKENDS)
+    )
     head = ("cell", "check", "result", "largest difference of log-probs, and what is allowed")
     outcomes = run_cells(
         "exact",
@@ -249,9 +255,13 @@ def run_speed(args: argparse.Namespace, console: Console) -> tuple[list[Outcome]
     models = args.model or (
         ["tiny"] if on_cpu else ["qwen2_5_vl_7b", "qwen2_5_vl_3b", "qwen3_vl_8b"]
     )
+    backend = args.backends[0] if args.backends else None
     outcomes = run_cells(
         "speed",
-        [{"name": model, "model": model, "device": args.device} for model in models],
+        [
+            {"name": model, "model": model, "device": args.device, "backend": backend}
+            for model in models
+        ],
         seconds=args.seconds,
         cell_seconds=args.seconds,
         jobs=1,
@@ -298,6 +308,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--model", nargs="+", choices=gpu_speed.SHAPES, help="speed: what is measured, in order"
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=gpu_exact.BACKENDS,
+        help="attention backends that are there; speed takes the first (default: all, vLLM's own)",
     )
     parser.add_argument(
         "--output",

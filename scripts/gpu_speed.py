@@ -166,13 +166,15 @@ def make_shape(shape: Shape, models: Path, directory: Path) -> Path:
     return directory
 
 
-def engine_arguments(shape: Shape, device: str) -> dict[str, Any]:
+def engine_arguments(shape: Shape, device: str, backend: str | None) -> dict[str, Any]:
     """Arguments of `engine.Engine` for all systems."""
     arguments: dict[str, Any] = {"disable_log_stats": False, "limit_mm_per_prompt": {"image": 4}}
     if shape.text is not None:
         arguments |= {"load_format": "dummy", "dtype": "bfloat16", "skip_mm_profiling": True}
     if device == "cpu":
         return arguments
+    if backend is not None:
+        arguments["attention_backend"] = backend
     return arguments | {
         "enforce_eager": False,
         "max_model_len": 16384,
@@ -357,12 +359,18 @@ class OutOfTimeError(Exception):
     """Nothing more is measured."""
 
 
-def run_model(name: str, device: str, models: Path, emit: Emit, seconds: float) -> None:
-    """Measure one shape; `emit` gets facts and samples as they come."""
+def run_model(
+    name: str, device: str, backend: str | None, models: Path, emit: Emit, seconds: float
+) -> None:
+    """Measure one shape; `emit` gets facts and samples as they come.
+
+    Args:
+        backend: of attention; None is vLLM's own choice.
+    """
     ends = time.monotonic() + seconds - MARGIN_SECONDS
     shape = SHAPES[name]
     model = make_shape(shape, models, models / f"{name}-shape")
-    arguments = engine_arguments(shape, device)
+    arguments = engine_arguments(shape, device, backend)
     encoder_half = {
         "ec_transfer_config": {"ec_connector": "VLCacheEncoderConnector", "ec_role": "ec_both"}
     }

@@ -52,6 +52,7 @@ def test_the_matrix_is_whole_and_its_first_quarter_has_all_pairs() -> None:
     assert len(set(cells)) == len(cells) == 2 * 3 * 3 * 2
     assert cells[0] == exact.Cell("V2", "FULL_AND_PIECEWISE", "FLASH_ATTN", "qwen2_5_vl")
     assert pairs(cells[:9]) == pairs(cells)
+    assert {cell.backend for cell in exact.make_cells(["TRITON_ATTN"])} == {"TRITON_ATTN"}
 
 
 def test_a_cell_is_what_its_engine_is_started_with() -> None:
