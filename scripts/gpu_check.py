@@ -71,6 +71,10 @@ class Outcome:
     started: bool = True
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+"""Cells that have to be ended with this process."""
+
+
 def gpu_name() -> str | None:
     """The first NVIDIA GPU that torch can use.
 
@@ -97,6 +101,7 @@ def run_child(mode: str, cell: dict[str, Any], seconds: float, work: Path) -> Ou
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+        _running.add(process)
         try:
             status = process.wait(seconds)
             if status:
@@ -105,6 +110,7 @@ def run_child(mode: str, cell: dict[str, Any], seconds: float, work: Path) -> Ou
             outcome.error = f"not done after {seconds:.0f} s"
         finally:
             _end_group(process)
+            _running.discard(process)
     if report.exists():
         # A process that was ended may have left half a line.
         for line in report.read_text(encoding="utf-8").splitlines():
@@ -154,7 +160,13 @@ def run_cells(
         return outcome
 
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as work, ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda cell: run(cell, Path(work)), cells))
+        try:
+            return list(pool.map(lambda cell: run(cell, Path(work)), cells))
+        except BaseException:
+            ends = time.monotonic()
+            for process in list(_running):
+                process.kill()  # its thread ends the others of its group
+            raise
 
 
 def child(mode: str, cell: dict[str, Any], report: Path) -> None:
@@ -330,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console = Console()
     record = about(device, argv)
     outcomes, lines = (run_exact if args.mode == "exact" else run_speed)(args, console)

@@ -152,6 +152,20 @@ def test_cells_without_time_are_named_and_not_begun(child: Any) -> None:
     assert not check.failed(outcomes)
 
 
+def test_a_run_that_is_given_up_ends_its_cells(child: Any) -> None:
+    child("time.sleep(600 if 'slow' in sys.argv[3] else 2)")
+
+    def show(outcome: check.Outcome) -> None:
+        raise KeyboardInterrupt
+
+    cells = [{"name": "quick"}, {"name": "slow"}]
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        check.run_cells("exact", cells, seconds=900, cell_seconds=800, jobs=2, show=show)
+    assert time.monotonic() - start < 60
+    assert not check._running
+
+
 # -- speed ------------------------------------------------------------------------------------
 
 
