@@ -154,7 +154,7 @@ def run_cells(
         if left < LEAST_SECONDS[mode]:
             return Outcome(cell["name"], started=False)
         limit = min(left, cell_seconds)
-        outcome = run_child(mode, cell | {"seconds": limit}, limit, work)
+        outcome = run_child(mode, cell | {"ends": time.monotonic() + limit}, limit, work)
         with shown:
             show(outcome)
         return outcome
@@ -181,7 +181,7 @@ def child(mode: str, cell: dict[str, Any], report: Path) -> None:
             gpu_exact.run_cell(gpu_exact.Cell(**cell["cell"]), MODELS, emit)
         else:
             gpu_speed.run_model(
-                cell["model"], cell["device"], cell["backend"], MODELS, emit, cell["seconds"]
+                cell["model"], cell["device"], cell["backend"], MODELS, emit, cell["ends"]
             )
 
 

@@ -32,7 +32,7 @@ SYSTEMS = ("plain", "cpu", "device")
 STAGES = ("tokenise, hash", "schedule", "load", "sparse pass", "main pass, sample", "TTFT")
 ONE_RATIO, FOUR_RATIO = 0.02, 0.05
 COLD_REPETITIONS, REPETITIONS = 3, 7
-MARGIN_SECONDS = 15.0
+MARGIN_SECONDS = 30.0
 """For ending the engines."""
 PROBE_BYTES = 1 << 30
 GIB = 1 << 30
@@ -360,14 +360,14 @@ class OutOfTimeError(Exception):
 
 
 def run_model(
-    name: str, device: str, backend: str | None, models: Path, emit: Emit, seconds: float
+    name: str, device: str, backend: str | None, models: Path, emit: Emit, ends: float
 ) -> None:
     """Measure one shape; `emit` gets facts and samples as they come.
 
     Args:
         backend: of attention; None is vLLM's own choice.
+        ends: when this process is ended, by the machine's monotonic clock.
     """
-    ends = time.monotonic() + seconds - MARGIN_SECONDS
     shape = SHAPES[name]
     model = make_shape(shape, models, models / f"{name}-shape")
     arguments = engine_arguments(shape, device, backend)
@@ -391,7 +391,7 @@ def run_model(
                 stack.callback(future.result().close)
         running = {system: future.result() for system, future in starting.items()}
         with contextlib.suppress(OutOfTimeError):
-            _Workload(running, shape, emit, ends).run()
+            _Workload(running, shape, emit, ends - MARGIN_SECONDS).run()
 
 
 # -- what it comes to ---------------------------------------------------------------------------
