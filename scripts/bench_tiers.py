@@ -187,6 +187,7 @@ def measure_bandwidth(
     from vlcache_connector.store import LMCacheSegmentStore
     from vlcache_connector.tiers import CircuitBreaker, DiskTier, GuardedTier, RedisTier
     from vlcache_connector.worker.device import DeviceSegments
+    from vlcache_connector.worker.streams import Leaving
 
     store = LMCacheSegmentStore(
         model_name="bench",
@@ -200,7 +201,8 @@ def measure_bandwidth(
         kv_dtype=torch.bfloat16,
         verify=False,
     )
-    device = DeviceSegments(2 * (max(mebibytes) + 16) << 20, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    device = DeviceSegments(2 * (max(mebibytes) + 16) << 20, cpu, None, Leaving(None, cpu))
     plain: list[Any] = [DiskTier(folder, "bench", 100 << 30, None)]
     plain += [] if redis_url is None else [RedisTier(redis_url, "bench", None)]
     tiers = [GuardedTier(t, CircuitBreaker(t.name, slow_seconds=PATIENCE)) for t in plain]

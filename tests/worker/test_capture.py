@@ -69,7 +69,10 @@ class Pass:
 def assert_captured(
     capture: SegmentCapture, name: int, item: int, span: Span, shape: KVShape = SHAPE
 ) -> None:
-    layers = capture.finish(str(name), item)
+    captured = capture.finish(str(name), item)
+    assert captured is not None
+    assert captured.valid
+    layers = captured.layers
     assert len(layers) == len(LAYERS)
     for index, (key, value) in enumerate(layers):
         expected = values_of(index, [(name, t) for t in range(span.start, span.end)], shape)
@@ -168,7 +171,7 @@ def test_rows_behind_the_slots_are_padding() -> None:
         key, value = values_of(index, [(1, 0), (1, 1), (1, 2), (1, 3)])
         capture.on_kv_write(layer, key, value, torch.tensor([4, 5]))
     capture.end_pass()
-    for index, (key, value) in enumerate(capture.finish("1", 0)):
+    for index, (key, value) in enumerate(capture.finish("1", 0).layers):
         assert torch.equal(torch.stack([key, value]), values_of(index, [(1, 1), (1, 0)]))
 
 
@@ -225,7 +228,7 @@ def test_a_slot_that_is_missing_after_rows_change_spoils_the_segment() -> None:
         capture.rows_change()
         capture.on_kv_write(layer, key, value, torch.tensor(slots))
     capture.end_pass()
-    assert capture.finish("1", 0) is None
+    assert not capture.finish("1", 0).valid
 
 
 def test_a_pass_that_ends_before_the_last_layer_spoils_the_segment() -> None:
@@ -294,9 +297,9 @@ def test_a_captured_segment_is_a_copy() -> None:
         capture.on_kv_write(layer, key, value, torch.tensor([3]))
     capture.end_pass()
     key.zero_()
-    layers = capture.finish("1", 0)
-    assert layers is not None
-    assert torch.equal(layers[0][0], written)
+    captured = capture.finish("1", 0)
+    assert captured is not None
+    assert torch.equal(captured.layers[0][0], written)
 
 
 def test_cancelling_a_request_gives_up_all_its_items_and_no_others() -> None:
@@ -317,7 +320,7 @@ def test_a_slot_that_is_not_written_spoils_the_segment() -> None:
     capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([3, 9]))
     written.add(1, Span(0, 2), [3, 8])
     written.write(capture)
-    assert capture.finish("1", 0) is None
+    assert not capture.finish("1", 0).valid
 
 
 def test_a_cancelled_item_can_be_captured_anew() -> None:

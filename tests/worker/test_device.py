@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from vlcache_connector.store import Segment, SegmentInfo
+from vlcache_connector.worker import device as tier
 from vlcache_connector.worker.device import DeviceSegments
+from vlcache_connector.worker.streams import Leaving
 
+CPU = torch.device("cpu")
 LAYERS, TOKENS = 3, 4
 BYTES = LAYERS * 2 * TOKENS * 2 * 8 * 4
 
@@ -20,7 +26,7 @@ def segment(key: str, released: list[str]) -> Segment:
 
 
 def make(budget: int) -> DeviceSegments:
-    return DeviceSegments(budget, torch.device("cpu"))
+    return DeviceSegments(budget, CPU, None, Leaving(None, CPU))
 
 
 def test_a_copy_equals_its_segment_and_lets_go_of_the_hosts_memory() -> None:
@@ -63,6 +69,24 @@ def test_a_segment_larger_than_the_budget_stays_where_it_is() -> None:
     device, released = make(BYTES - 1), []
     host = segment("a", released)
     assert device.promote(host, LAYERS) is host
+    assert released == []
+    assert len(device) == device.used_bytes == 0
+
+
+def test_a_device_without_room_is_one_line_and_the_segment_stays_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_room(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    device, released = make(2 * BYTES), []
+    host = segment("a", released)
+    with monkeypatch.context() as patched, caplog.at_level("WARNING", logger=tier.__name__):
+        patched.setattr(torch, "empty", no_room)
+        assert device.promote(host, LAYERS) is host
+    [line] = [record.getMessage() for record in caplog.records if record.name == tier.__name__]
+    assert f"device_bytes={2 * BYTES}" in line
+    assert "--gpu-memory-utilization" in line
     assert released == []
     assert len(device) == device.used_bytes == 0
 

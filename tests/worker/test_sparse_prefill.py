@@ -388,10 +388,11 @@ def test_items_that_are_computed_completely_are_captured(
     assert not engine.capture.is_armed
     for job in jobs:
         for index in job.plan.captures:
-            layers = engine.capture.finish(job.plan.req_id, index)
+            captured = engine.capture.finish(job.plan.req_id, index)
             span = job.inputs.items[index].span
-            assert layers is not None
-            for layer, (key, value) in enumerate(layers):
+            assert captured is not None
+            assert captured.valid
+            for layer, (key, value) in enumerate(captured.layers):
                 expected = fresh_kv(layer, job.inputs.token_ids[span.start : span.end])
                 assert torch.equal(torch.stack([key, value]), expected)
     assert len(engine.capture) == 0

@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import select_common_block_size
 
 from ..protocol import Span
+from ..worker.streams import upload
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -81,17 +82,17 @@ class MetadataFactory:
             [slots_of(row.span, row.block_ids, self._block_size) for row in rows]
         )
         starts_cpu, ends_cpu = torch.from_numpy(starts), torch.from_numpy(ends)
-        slot_mapping = torch.from_numpy(slots).to(self._device, non_blocking=True)
+        slot_mapping = upload(torch.from_numpy(slots), self._device)
         common = CommonAttentionMetadata(
-            query_start_loc=starts_cpu.to(self._device, non_blocking=True),
+            query_start_loc=upload(starts_cpu, self._device),
             query_start_loc_cpu=starts_cpu,
-            seq_lens=ends_cpu.to(self._device, non_blocking=True),
+            seq_lens=upload(ends_cpu, self._device),
             seq_lens_cpu_upper_bound=ends_cpu,
             num_reqs=len(rows),
             num_actual_tokens=int(starts[-1]),
             max_query_len=int(lengths.max()),
             max_seq_len=int(ends.max()),
-            block_table_tensor=self._block_table(rows).to(self._device, non_blocking=True),
+            block_table_tensor=upload(self._block_table(rows), self._device),
             slot_mapping=slot_mapping,
             causal=True,
             is_prefilling=torch.ones(len(rows), dtype=torch.bool),

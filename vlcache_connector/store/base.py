@@ -63,11 +63,18 @@ class Segment:
             IndexError: there is no such layer.
             RuntimeError: the handle was released, or is no "kv" segment.
         """
+        key, value = self.pair(layer)
+        return key, value
+
+    def pair(self, layer: int) -> Tensor:
+        """K and V of one model layer as they lie in memory, `[2, n, kv_heads, head_dim]`; raises
+        as `layer`.
+        """
         self._require("kv")
         index = layer
         for part in self._parts if layer >= 0 else ():
             if index < part.shape[0]:
-                return part[index, 0], part[index, 1]
+                return part[index]
             index -= part.shape[0]
         raise IndexError(f"segment {self.info.key!r} has no layer {layer}")
 
@@ -172,16 +179,26 @@ class SegmentStore(ABC):
     counters: StoreCounters
 
     @abstractmethod
-    def put_kv(self, key: str, positions: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> int:
+    def put_kv(
+        self,
+        key: str,
+        positions: Tensor,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        valid: Tensor | None = None,
+    ) -> int:
         """Store a segment's KV; it replaces a segment of this key and kind.
+
+        The copying may go on after it returns; the segment can be opened all the same, which waits
+        for it. The tensors are not to be changed any more.
 
         Args:
             key: content key.
             positions: the donor's base RoPE positions, any integer dtype, `[rows, n]` with 1 or 3
                 rows.
             layers: post-RoPE K and V of every model layer, each `[n, kv_heads, head_dim]` in the
-                store's dtype, any device and strides. Copied on the current stream before it
-                returns.
+                store's dtype, any device and strides.
+            valid: bool [], any device: whether they are what they should be. If not, which may
+                turn out later, nothing is stored.
 
         Returns:
             Bytes taken; 0 if it could not be stored (no room, or too large for the store), and
@@ -196,6 +213,15 @@ class SegmentStore(ABC):
         """Store the encoder's output for a segment, `[n, width]`, any device and strides.
 
         Replaces, returns and raises as `put_kv`.
+        """
+
+    @abstractmethod
+    def settle(self, *, waits: bool = False) -> list[tuple[str, Kind, bool]]:
+        """What `put_kv` and `put_encoder` have taken and has now been copied: key, kind, and
+        whether it is stored.
+
+        Args:
+            waits: for all that is still being copied.
         """
 
     @abstractmethod

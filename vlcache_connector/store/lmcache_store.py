@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,8 @@ from vlcache_connector.store.objects import as_buffers, complete, decode_objects
 if TYPE_CHECKING:
     from lmcache.v1.memory_management import MemoryObj
 
+    from vlcache_connector.worker.streams import Pair, Side
+
 logger = logging.getLogger(__name__)
 
 MAX_OBJECT_BYTES = 256 << 20
@@ -38,6 +41,23 @@ def object_id(key: str, kind: Kind, group: int) -> int:
     """64 bits that LMCache finds an object by. A collision is refused: the header has the key."""
     text = f"{kind}/{group}/{key}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+@dataclass(eq=False)
+class _Arriving:
+    """A segment that is being copied from the device.
+
+    Attributes:
+        pairs: of the copies; their sources have to stay until these are done.
+        valid: bool [1] in host memory, once they are done; None: it is.
+        sealed: done when the objects are complete.
+    """
+
+    ids: list[int]
+    objects: list[MemoryObj]
+    pairs: list[Pair]
+    valid: Tensor | None
+    sealed: Future[None]
 
 
 class LMCacheSegmentStore(SegmentStore):
@@ -59,6 +79,7 @@ class LMCacheSegmentStore(SegmentStore):
         kv_dtype: torch.dtype,
         max_object_bytes: int = 64 << 20,
         verify: bool = True,
+        side: Side | None = None,
     ) -> None:
         """Allocate the whole budget.
 
@@ -75,6 +96,7 @@ class LMCacheSegmentStore(SegmentStore):
             max_object_bytes: no object gets larger, at most `MAX_OBJECT_BYTES`. A segment whose
                 single layers are larger cannot be stored.
             verify: compare checksums in `get`, which reads the whole segment once.
+            side: a stream for copies from the device; None copies before `put_*` returns.
 
         Raises:
             ValueError: a setting is out of its range.
@@ -95,6 +117,12 @@ class LMCacheSegmentStore(SegmentStore):
         self._kv_dtype = codec.dtype_name(kv_dtype)
         self._max_object_bytes = max_object_bytes
         self._verify = verify
+        self._side = side
+        self._sealer = ThreadPoolExecutor(1, "vlcache-seal") if side is not None else None
+        self._arriving: dict[tuple[str, Kind], _Arriving] = {}
+        self._unwanted: list[_Arriving] = []
+        """Removed while they were arriving."""
+        self._settled: list[tuple[str, Kind, bool]] = []
         self._resident: dict[tuple[str, Kind], list[int]] = {}
         self._reading: dict[Segment | EncodedSegment, list[MemoryObj]] = {}
         self._pool = LMCachePool(
@@ -106,7 +134,13 @@ class LMCacheSegmentStore(SegmentStore):
             kv_dtype=kv_dtype,
         )
 
-    def put_kv(self, key: str, positions: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> int:
+    def put_kv(
+        self,
+        key: str,
+        positions: Tensor,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        valid: Tensor | None = None,
+    ) -> int:
         template = self._kv_layer(key, codec.pack_positions(positions), positions.shape[0])
         form = (template.shape[2:], codec.DTYPES[self._kv_dtype])
         forms = {(tuple(tensor.shape), tensor.dtype) for kv in layers for tensor in kv}
@@ -115,25 +149,54 @@ class LMCacheSegmentStore(SegmentStore):
                 f"KV is {self._num_layers} layers of {form}, not {len(layers)} of {forms}"
             )
 
-        def fill(first: int, payload: Tensor) -> None:
-            for slot, (k, v) in zip(payload, layers[first:], strict=False):
-                slot[0].copy_(k, non_blocking=True)
-                slot[1].copy_(v, non_blocking=True)
+        def fill(first: int, payload: Tensor) -> list[Pair]:
+            sources = zip(payload, layers[first:], strict=False)
+            return [(slot[side], kv[side]) for slot, kv in sources for side in (0, 1)]
 
-        return self._put(template, self._num_layers, fill, layers[0][0].device)
+        return self._put(template, self._num_layers, fill, layers[0][0].device, valid)
 
     def put_encoder(self, key: str, rows: Tensor) -> int:
         if rows.dim() != 2 or rows.numel() == 0:
             raise ValueError(f"encoder rows are [n, width], not {tuple(rows.shape)}")
 
-        def fill(first: int, payload: Tensor) -> None:
-            payload.copy_(rows[first : first + payload.shape[0]], non_blocking=True)
+        def fill(first: int, payload: Tensor) -> list[Pair]:
+            return [(payload, rows[first : first + payload.shape[0]])]
 
         unit = self._unit("encoder", key, (1, rows.shape[1]), rows.shape[0])
         template = replace(unit, dtype=codec.dtype_name(rows.dtype))
         return self._put(template, rows.shape[0], fill, rows.device)
 
+    def settle(self, *, waits: bool = False) -> list[tuple[str, Kind, bool]]:
+        if waits:
+            wait([it.sealed for it in (*self._arriving.values(), *self._unwanted)])
+        for key, kind in [name for name, it in self._arriving.items() if it.sealed.done()]:
+            self._arrive(key, kind)
+        for arriving in [it for it in self._unwanted if it.sealed.done()]:
+            self._unwanted.remove(arriving)
+            release(arriving.objects)
+        settled, self._settled = self._settled, []
+        return settled
+
+    def _arrive(self, key: str, kind: Kind) -> None:
+        """Keep what is arriving, as soon as it is here."""
+        arriving = self._arriving.pop((key, kind), None)
+        if arriving is None:
+            return
+        try:
+            arriving.sealed.result()
+            is_stored = arriving.valid is None or bool(arriving.valid)
+        except Exception:
+            logger.exception("Segment %s (%s) could not be copied from the device", key, kind)
+            is_stored = False
+        if is_stored:
+            self._keep(key, kind, arriving.ids, arriving.objects)
+        else:
+            release(arriving.objects)
+            self.counters.put_failed += 1
+        self._settled.append((key, kind, is_stored))
+
     def get(self, key: str, kind: Kind) -> Segment | None:
+        self._arrive(key, kind)
         objects: list[MemoryObj] = []
         try:
             opened = self._read(key, kind, objects, verify=self._verify)
@@ -167,6 +230,7 @@ class LMCacheSegmentStore(SegmentStore):
         complete(self._decode(key, kind, iter(as_buffers(objects)), verify=True), len(objects))
 
     def get_encoded(self, key: str, kind: Kind) -> EncodedSegment | None:
+        self._arrive(key, kind)
         ids = self._resident.get((key, kind))
         if ids is None:
             return None
@@ -180,9 +244,12 @@ class LMCacheSegmentStore(SegmentStore):
         return segment
 
     def contains(self, key: str, kind: Kind) -> bool:
-        return (key, kind) in self._resident
+        return (key, kind) in self._resident or (key, kind) in self._arriving
 
     def remove(self, key: str, kind: Kind) -> None:
+        arriving = self._arriving.pop((key, kind), None)
+        if arriving is not None:
+            self._unwanted.append(arriving)
         self._pool.remove(self._resident.pop((key, kind), ()))
 
     def kv_bytes(self, num_tokens: int) -> int:
@@ -192,13 +259,15 @@ class LMCacheSegmentStore(SegmentStore):
         return self._num_layers * template.payload_bytes  # too large to be stored
 
     def usage(self) -> StoreUsage:
-        return StoreUsage(self._pool.allocated_bytes, self._budget, len(self._resident))
+        num_segments = len(self._resident) + len(self._arriving)
+        return StoreUsage(self._pool.allocated_bytes, self._budget, num_segments)
 
     def clear(self) -> None:
-        for key, kind in list(self._resident):
+        for key, kind in [*self._resident, *self._arriving]:
             self.remove(key, kind)
 
     def check_integrity(self) -> None:
+        self._settled = self.settle(waits=True)
         used = self._pool.allocated_bytes
         require(used <= self._budget, f"{used} bytes used of {self._budget}")
         self._pool.check_integrity(obj for objs in self._reading.values() for obj in objs)
@@ -214,6 +283,9 @@ class LMCacheSegmentStore(SegmentStore):
                 release(objects)
 
     def close(self) -> None:
+        self.settle(waits=True)
+        if self._sealer is not None:
+            self._sealer.shutdown()
         for segment in list(self._reading):
             segment.release()
         self._resident.clear()
@@ -245,12 +317,14 @@ class LMCacheSegmentStore(SegmentStore):
         self,
         template: ObjectHeader,
         num_units: int,
-        fill: Callable[[int, Tensor], None],
+        fill: Callable[[int, Tensor], list[Pair]],
         source: torch.device,
+        valid: Tensor | None = None,
     ) -> int:
-        """Store a segment of layers or rows like `template`, which `fill` copies from `source`.
+        """Store a segment of layers or rows like `template` from `source`.
 
-        `fill` gets the index of a payload's first layer or row, and the payload.
+        `fill` gets the index of a payload's first layer or row, and the payload, and says what is
+        to be copied there.
         """
         self.remove(template.key, template.kind)
         for headers in groupings(template, num_units, self._max_object_bytes):
@@ -263,10 +337,18 @@ class LMCacheSegmentStore(SegmentStore):
             if objects is None:  # the room is there, but in smaller pieces
                 continue
             try:
-                self._write(headers, objects, fill, source)
+                pairs = self._pairs(headers, objects, fill)
+                if self._side is not None:
+                    arriving = self._send(self._side, ids, headers, objects, pairs, valid)
+                    self._arriving[template.key, template.kind] = arriving
+                    return sum(obj.get_physical_size() for obj in objects)
+                if not self._copy(headers, objects, pairs, source, valid):
+                    release(objects)
+                    break
             except BaseException:
                 release(objects)
                 raise
+            self._settled.append((template.key, template.kind, True))
             return self._keep(template.key, template.kind, ids, objects)
         self.counters.put_failed += 1
         return 0
@@ -282,21 +364,58 @@ class LMCacheSegmentStore(SegmentStore):
         self._resident[key, kind] = ids
         return sum(obj.get_physical_size() for obj in objects)
 
-    def _write(
-        self,
+    @staticmethod
+    def _pairs(
         headers: Sequence[ObjectHeader],
         objects: Sequence[MemoryObj],
-        fill: Callable[[int, Tensor], None],
-        source: torch.device,
-    ) -> None:
-        first = 0
+        fill: Callable[[int, Tensor], list[Pair]],
+    ) -> list[Pair]:
+        first, pairs = 0, []
         for header, obj in zip(headers, objects, strict=True):
-            fill(first, codec.payload_view(obj.tensor, header))
+            pairs += fill(first, codec.payload_view(obj.tensor, header))
             first += header.shape[0]
+        return pairs
+
+    @staticmethod
+    def _copy(
+        headers: Sequence[ObjectHeader],
+        objects: Sequence[MemoryObj],
+        pairs: Sequence[Pair],
+        source: torch.device,
+        valid: Tensor | None,
+    ) -> bool:
+        """Copy and seal at once; whether what was copied is valid."""
+        if valid is not None and not bool(valid):
+            return False
+        for target, tensor in pairs:
+            target.copy_(tensor, non_blocking=True)
         if source.type != "cpu":  # the checksum reads what the copies wrote
             torch.accelerator.current_stream(source).synchronize()
-        for header, obj in zip(headers, objects, strict=True):
-            codec.seal(obj.tensor, header)
+        _seal(headers, objects)
+        return True
+
+    def _send(
+        self,
+        side: Side,
+        ids: list[int],
+        headers: Sequence[ObjectHeader],
+        objects: list[MemoryObj],
+        pairs: list[Pair],
+        valid: Tensor | None,
+    ) -> _Arriving:
+        """Begin to copy on the side stream; a thread seals the objects when they are there."""
+        assert self._sealer is not None
+        is_valid = None
+        if valid is not None:
+            is_valid = torch.empty(1, dtype=torch.bool, pin_memory=valid.is_cuda)
+            pairs = [*pairs, (is_valid, valid.view(1))]
+        arrived = side.copy(pairs, side.mark())
+
+        def seal() -> None:
+            arrived.synchronize()
+            _seal(headers, objects)
+
+        return _Arriving(ids, objects, pairs, is_valid, self._sealer.submit(seal))
 
     def _read(
         self, key: str, kind: Kind, objects: list[MemoryObj], *, verify: bool
@@ -340,6 +459,11 @@ class LMCacheSegmentStore(SegmentStore):
 
     def _release(self, segment: Segment | EncodedSegment) -> None:
         release(self._reading.pop(segment))
+
+
+def _seal(headers: Sequence[ObjectHeader], objects: Sequence[MemoryObj]) -> None:
+    for header, obj in zip(headers, objects, strict=True):
+        codec.seal(obj.tensor, header)
 
 
 def _aligned(num_bytes: int) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..support import KVShape
+from .streams import upload
 
 
 @dataclass
@@ -17,8 +18,7 @@ class _Capture:
     tokens: int = 0
     """Tokens whose KV was written in all layers."""
     found: list[torch.Tensor] = field(default_factory=list)
-    """Per pass, whether all expected slots were written; read when the segment is finished, so
-    that no pass waits for the device."""
+    """Per pass, whether all expected slots were written: bool [] on the device."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,19 @@ class _Wanted:
     """Of the first row within the segment."""
     slots: torch.Tensor
     """int64 [rows]"""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A segment's KV.
+
+    Attributes:
+        layers: K and V per layer, each [n, kv_heads, head_dim].
+        valid: bool [] on the device, whether all expected slots were written.
+    """
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    valid: torch.Tensor
 
 
 class SegmentCapture:
@@ -61,7 +74,7 @@ class SegmentCapture:
                 device=self._device,
             )
             capture = self._captures[req_id, item] = _Capture(kv)
-        self._wanted.append(_Wanted(capture, offset, slots.to(self._device)))
+        self._wanted.append(_Wanted(capture, offset, upload(slots, self._device)))
 
     def on_kv_write(
         self, layer_name: str, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
@@ -111,14 +124,13 @@ class SegmentCapture:
         self._rows = None
         self._layers_written = 0
 
-    def finish(self, req_id: str, item: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-        """K and V per layer, each [n, kv_heads, head_dim]; None when any of it was missed."""
+    def finish(self, req_id: str, item: int) -> Captured | None:
+        """A segment all of whose tokens were computed; None when any of it was missed."""
         capture = self._captures.pop((req_id, item), None)
         if capture is None or capture.tokens != capture.kv.shape[2]:
             return None
-        if not all(bool(found) for found in capture.found):
-            return None
-        return [(layer[0], layer[1]) for layer in capture.kv]
+        layers = [(layer[0], layer[1]) for layer in capture.kv]
+        return Captured(layers, torch.stack(capture.found).all())
 
     def cancel(self, req_id: str) -> None:
         """Give up all of a request's captures."""

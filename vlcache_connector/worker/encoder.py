@@ -50,8 +50,10 @@ class EncoderWorkerSide:
                 # vLLM ends the step with "Encoder cache miss" when it needs these rows.
                 logger.error("VLCache: promised encoder rows %s are not there", key[:16])
                 continue
-            with segment:
-                encoder_cache[identifier] = segment.rows().to(self._device, copy=True)
+            encoder_cache[identifier] = segment.rows().to(
+                self._device, non_blocking=True, copy=True
+            )
+            self._get_storage().leaving.add(segment.release)
 
     def save(self, identifier: str, rows: torch.Tensor) -> None:
         """Keep a new encoder output, rows [n, width]."""

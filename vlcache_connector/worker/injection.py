@@ -13,7 +13,7 @@ import torch
 from ..attention.hook import write_kv
 from ..kernels.paged import turns_of
 from ..rope import RotarySpec, delta_angles, rotate
-from ..store.base import Segment
+from .streams import LayerSource, Staged, upload
 
 Rows = slice | torch.Tensor
 """Offsets within a segment: a contiguous stretch, or int64 [n]."""
@@ -44,7 +44,7 @@ class PlacedSegment:
         angles: float32 [1 or n, rotary_dim // 2] rotation of K, None for a bit-exact copy.
     """
 
-    segment: Segment
+    segment: LayerSource
     spec: RotarySpec
     slots: torch.Tensor
     angles: torch.Tensor | None
@@ -93,7 +93,7 @@ class ReusedRows:
             return slice(0, 0), self.placed.slots[:0]
         start, end = int(self.rows.min()), int(self.rows.max()) + 1
         slots = torch.full_like(self.placed.slots[start:end], -1)
-        rows = self.rows.to(slots.device)
+        rows = upload(self.rows, slots.device)
         slots[rows - start] = self.placed.slots[rows]
         return slice(start, end), slots
 
@@ -113,6 +113,7 @@ class Injection:
 
     Args:
         write: how rows get into the paged cache.
+        staged: told what has been read of the segments, if these come through a ring.
 
     Attributes:
         seconds: host time spent in `write_layer`.
@@ -123,8 +124,10 @@ class Injection:
         num_layers: int,
         parts: Iterable[ReusedRows] = (),
         write: WriteRows = write_by_vllm,
+        staged: Staged | None = None,
     ) -> None:
         self._write = write
+        self._staged = staged
         self._pending: list[list[ReusedRows]] = [[] for _ in range(num_layers)]
         self.seconds = 0.0
         for part in parts:
@@ -141,4 +144,6 @@ class Injection:
         parts, self._pending[index] = self._pending[index], []
         for part in parts:
             self._write(index, layer, part)
+        if self._staged is not None:
+            self._staged.written(index)
         self.seconds += time.perf_counter() - start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from vllm.logger import init_logger
@@ -17,6 +17,7 @@ from .model import SparsePrefillModel
 from .ranks import all_ranks_have
 from .sparse_prefill import PrefillJob, RequestInputs
 from .storage import Storage
+from .streams import Ring, Staged, StagedSegment, upload
 
 logger = init_logger(__name__)
 
@@ -29,6 +30,7 @@ class LoadedPlan:
         segments: item -> read handle of its donor's segment.
         placed: item -> the same segment at its place in the request.
         encoder_rows: read handles of the encoder rows that the jobs use.
+        dropped: read handles of segments that are not reused after all.
         on_device: items whose segments need not be copied from host memory.
         fallback: why less is reused than was planned.
     """
@@ -38,6 +40,7 @@ class LoadedPlan:
     segments: dict[int, Segment] = field(default_factory=dict)
     placed: dict[int, PlacedSegment] = field(default_factory=dict)
     encoder_rows: list[Segment] = field(default_factory=list)
+    dropped: list[Segment] = field(default_factory=list)
     on_device: set[int] = field(default_factory=set)
     fallback: str | None = None
 
@@ -48,7 +51,7 @@ class LoadedPlan:
             self.placed.pop(index, None)
             segment = self.segments.pop(index, None)
             if segment is not None:
-                segment.release()
+                self.dropped.append(segment)
         self.fallback = self.fallback or why
 
     def compute_everything(self, why: str) -> None:
@@ -57,7 +60,7 @@ class LoadedPlan:
 
     def release(self) -> None:
         """Give the segments back to the store."""
-        for segment in (*self.segments.values(), *self.encoder_rows):
+        for segment in (*self.segments.values(), *self.encoder_rows, *self.dropped):
             segment.release()
 
 
@@ -77,6 +80,8 @@ class Loader:
         self._model = model
         self._shape = shape
         self._device = device
+        self._ring = Ring(storage.side, device) if storage.side is not None else None
+        self._staged: Staged | None = None
 
     def fetch(
         self,
@@ -111,7 +116,46 @@ class Loader:
                 )
                 report.lost.add(reuse.donor)
                 entry.compute_instead([reuse.item], "segment lost")
+        self._stage(loaded)
         return loaded
+
+    def _stage(self, loaded: Sequence[LoadedPlan]) -> None:
+        """Let what is reused from host memory begin to come to the device."""
+        if self._ring is None:
+            return
+        coming = [
+            (entry, item, entry.segments[item])
+            for entry in loaded
+            for item in entry.placed
+            if item not in entry.on_device
+        ]
+        layers = range(self._shape.num_layers)
+        sources = [[segment.pair(layer) for layer in layers] for _, _, segment in coming]
+        # A segment may have come to the device tier just now.
+        coming = [c for c, (first, *_) in zip(coming, sources, strict=True) if first.is_cpu]
+        sources = [source for source in sources if source[0].is_cpu]
+        if not coming:
+            return
+        try:
+            self._staged = staged = self._ring.start(sources)
+        except torch.OutOfMemoryError:
+            logger.warning(
+                "VLCache: no device memory for copying KV ahead of its layers; loads are slower. "
+                "Lower --gpu-memory-utilization"
+            )
+            self._ring = None
+            return
+        for index, (entry, item, segment) in enumerate(coming):
+            source = StagedSegment(staged, index, segment)
+            entry.placed[item] = replace(entry.placed[item], segment=source)
+
+    def finish(self, loaded: Sequence[LoadedPlan]) -> None:
+        """Nothing more is queued that reads these plans' segments: release them in time."""
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            staged.close()
+        for entry in loaded:
+            self._storage.leaving.add(entry.release)
 
     def _fits(self, segment: Segment, item: Item) -> bool:
         shape, positions = self._shape, segment.info.positions
@@ -169,8 +213,8 @@ class Loader:
         return PlacedSegment(
             segment=segment,
             spec=self._model.rotary,
-            slots=torch.from_numpy(slots).to(self._device, non_blocking=True),
-            angles=None if angles is None else angles.to(self._device),
+            slots=upload(torch.from_numpy(slots), self._device),
+            angles=None if angles is None else upload(angles, self._device),
         )
 
     def injection(self, loaded: Sequence[LoadedPlan]) -> Injection:
@@ -187,7 +231,7 @@ class Loader:
                         layers = range(stage.first_layer, end)
                         rows = self._rows(spans, first)
                         parts.append(ReusedRows(entry.placed[reuse.item], rows, layers))
-        return Injection(num_layers, parts, self._write)
+        return Injection(num_layers, parts, self._write, self._staged)
 
     def _rows(self, spans: Sequence[Span], first: int) -> Rows:
         if len(spans) == 1:

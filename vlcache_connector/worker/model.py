@@ -22,6 +22,7 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from ..rope import RotarySpec
 from ..support import UnsupportedError, model_dtype
 from .rotary import UnsupportedRotaryError, rotary_spec
+from .streams import upload
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -128,13 +129,14 @@ class SparsePrefillModel:
         """
         with self._own_deepstack_buffers():
             embeds = self._model.embed_input_ids(
-                token_ids.to(self._device),
+                upload(token_ids, self._device),
                 multimodal_embeddings=[
                     rows.to(self._device, non_blocking=True) for rows in encoder_rows
                 ],
-                is_multimodal=is_embed.to(self._device),
+                is_multimodal=upload(is_embed, self._device),
             ).to(model_dtype(self._vllm_config))
-            axes = (positions if positions.shape[0] == 3 else positions[0]).to(self._device)
+            axes = positions if positions.shape[0] == 3 else positions[0]
+            axes = upload(axes, self._device)
             first = next(stretches)
             if len(first.layers) == len(self.layers):
                 with self._context(first, len(embeds)):
@@ -156,7 +158,7 @@ class SparsePrefillModel:
         residual = None
         for stretch in stretches:
             if stretch.stays is not None:
-                stays = stretch.stays.to(self._device)
+                stays = upload(stretch.stays, self._device)
                 hidden, positions = hidden[stays], positions[..., stays]
                 residual = None if residual is None else residual[stays]
                 deepstack = [rows[stays] for rows in deepstack]

@@ -23,6 +23,7 @@ from .device import DeviceSegments
 from .memory import check_memory, host_memory
 from .pace import Pace
 from .ranks import own_rank
+from .streams import Leaving, Side, make_side
 from .transfers import Admission, Transfers
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Storage:
         num_layers: of a KV segment.
         device: copies in device memory, if any are to be kept.
         transfers: to and from the tiers below host memory, if there are any.
+        side: a stream for copies beside the model's own, if there is one.
+        leaving: what is read by copies is released through it.
     """
 
     def __init__(
@@ -46,25 +49,43 @@ class Storage:
         *,
         device: DeviceSegments | None = None,
         transfers: Transfers | None = None,
+        side: Side | None = None,
+        leaving: Leaving | None = None,
     ) -> None:
         self.host = host
+        self.side = side
+        self.leaving = leaving or Leaving(side, torch.device("cpu"))
+        self._failed: list[Admission] = []
         self._num_layers = num_layers
         self._device = device
         self._transfers = transfers
 
-    def put_kv(self, key: str, positions: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    def put_kv(
+        self,
+        key: str,
+        positions: Tensor,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        valid: Tensor | None = None,
+    ) -> bool:
         """Store a KV segment, see `SegmentStore.put_kv`; whether there was room."""
-        return self._put(key, "kv", self.host.put_kv(key, positions, layers))
+        return self._put(key, self.host.put_kv(key, positions, layers, valid))
 
     def put_encoder(self, key: str, rows: Tensor) -> bool:
         """Store encoder rows, see `SegmentStore.put_encoder`; whether there was room."""
-        return self._put(key, "encoder", self.host.put_encoder(key, rows))
+        return self._put(key, self.host.put_encoder(key, rows))
 
-    def _put(self, key: str, kind: Kind, num_bytes: int) -> bool:
+    def _put(self, key: str, num_bytes: int) -> bool:
         self._forget_copy(key)
-        if num_bytes and self._transfers is not None:
-            self._transfers.write(key, kind)
+        self._take_in()
         return num_bytes > 0
+
+    def _take_in(self, *, waits: bool = False) -> None:
+        """Hand on what host memory has complete by now."""
+        for key, kind, is_stored in self.host.settle(waits=waits):
+            if not is_stored:
+                self._failed.append(Admission(key, kind, is_stored=False))
+            elif self._transfers is not None:
+                self._transfers.write(key, kind)
 
     def get(self, key: str, kind: Kind) -> Segment | None:
         """Open a segment in device or host memory; the caller has to release it."""
@@ -103,15 +124,18 @@ class Storage:
         """Move fetched segments to host memory, or throw them away.
 
         Returns:
-            What became of those that were admitted.
+            What became of those that were admitted, and what is not stored after all.
         """
+        self.leaving.poll()
+        self._take_in()
+        failed, self._failed = self._failed, []
         if self._transfers is None:
-            return []
+            return failed
         self._transfers.release_written()
         for name in unwanted:
             self._transfers.discard(name)
         admissions = (self._transfers.admit(name) for name in admitted)
-        return [admission for admission in admissions if admission is not None]
+        return [*failed, *(admission for admission in admissions if admission is not None)]
 
     def take_events(self) -> Counter[str]:
         """What happened in the tiers below since the last call, by kind."""
@@ -123,11 +147,14 @@ class Storage:
 
     def flush(self, seconds: float) -> bool:
         """Wait until disk and Redis have what was stored; whether they have."""
+        self._take_in(waits=True)
         return self._transfers is None or self._transfers.flush(seconds)
 
     def close(self) -> None:
         """Release all memory and threads."""
+        self.leaving.close()
         if self._transfers is not None:
+            self._take_in(waits=True)
             self._transfers.close()
         self.host.close()
 
@@ -175,6 +202,7 @@ def _make(vllm_config: VllmConfig) -> _Opened:
     tiers = open_tiers(config, fingerprint, model)
     budget = host_memory(config, num_ranks)
     check_memory(config, budget, device)
+    side = make_side(device)
     host = LMCacheSegmentStore(
         model_name=model,
         fingerprint=fingerprint,
@@ -188,6 +216,7 @@ def _make(vllm_config: VllmConfig) -> _Opened:
         # This process wrote or checked the memory itself: a checksum over each read would only
         # cost time.
         verify=False,
+        side=side,
     )
     transfers = None
     if tiers:
@@ -200,5 +229,11 @@ def _make(vllm_config: VllmConfig) -> _Opened:
             queue_bytes=config.write_queue_bytes,
             pace=pace if config.break_even else None,
         )
-    copies = DeviceSegments(config.device_bytes, device) if config.device_bytes else None
-    return _Opened(Storage(host, shape.num_layers, device=copies, transfers=transfers), pace)
+    leaving = Leaving(side, device)
+    copies = None
+    if config.device_bytes:
+        copies = DeviceSegments(config.device_bytes, device, side, leaving)
+    storage = Storage(
+        host, shape.num_layers, device=copies, transfers=transfers, side=side, leaving=leaving
+    )
+    return _Opened(storage, pace)

@@ -181,11 +181,7 @@ class WorkerSide:
                 self._give_up(plan)
         finally:
             self._injection = None
-            if self._device.type != "cpu":
-                # Copies to the device still read the segments' host memory.
-                torch.accelerator.synchronize()
-            for entry in loaded:
-                entry.release()
+            self._loader.finish(loaded)
 
     def _fill(self, loaded: Sequence[LoadedPlan], fetch_seconds: float) -> None:
         filled, jobs = [], []
@@ -233,7 +229,7 @@ class WorkerSide:
                         raise RuntimeError("the image's encoder rows are gone")
                     self._prefill.run([job], Injection(self._shape.num_layers))
                 finally:
-                    loaded.release()
+                    self._loader.finish([loaded])
                 [(item, key)] = plan.captures.items()
                 self._store_captured(context.req_id, inputs[context.req_id], item, key)
             except Exception:
@@ -288,12 +284,14 @@ class WorkerSide:
         self, req_id: str, inputs: RequestInputs | None, item: int, key: str
     ) -> None:
         try:
-            layers = self._capture.finish(req_id, item)
+            captured = self._capture.finish(req_id, item)
             if inputs is None:
                 raise RuntimeError(f"request {req_id} is unknown")
             span = inputs.items[item].span
             base = inputs.positions[:, span.start : span.end]
-            stored = layers is not None and self._storage.put_kv(key, base, layers)
+            stored = captured is not None and self._storage.put_kv(
+                key, base, captured.layers, captured.valid
+            )
         except Exception:
             logger.exception("VLCache: segment of request %s could not be stored", req_id)
             stored = False
