@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -234,6 +235,26 @@ class VLLMServer:
         return newest
 
 
+@contextlib.contextmanager
+def start_together(servers: Mapping[str, VLLMServer]) -> Iterator[dict[str, ServerError]]:
+    """Servers by name, alive inside the block; yields those that could not be started, and why.
+
+    All are started before the first one is waited for.
+    """
+    failed: dict[str, ServerError] = {}
+    with contextlib.ExitStack() as stack:
+        for server in servers.values():
+            stack.callback(server.stop)
+            server._launch()
+        for name, server in servers.items():
+            try:
+                server._wait_until_ready()
+            except ServerError as error:
+                server.stop()
+                failed[name] = error
+        yield failed
+
+
 def _vllm_command() -> Path:
     """The `vllm` command of this Python's environment, else of `.venv`."""
     for folder in (Path(sys.executable).parent, ROOT / ".venv" / "bin"):
@@ -349,6 +370,38 @@ class Answer:
 def make_client(timeout: float = 300.0) -> httpx.Client:
     """An HTTP client for the functions below; no proxy stands before 127.0.0.1."""
     return httpx.Client(trust_env=False, timeout=timeout)
+
+
+def counters(client: httpx.Client, server: VLLMServer) -> Counter[str]:
+    """What vLLM counts on `/metrics`: `name`, or `name/tier/outcome` with the labels it has of these.
+
+    Summed over all other labels.
+    """
+    found: Counter[str] = Counter()
+    response = client.get(f"{server.base_url}/metrics")
+    _check_status(response)
+    for family in text_string_to_metric_families(response.text):
+        for sample in family.samples:
+            labels = (sample.labels[key] for key in ("tier", "outcome") if key in sample.labels)
+            found["/".join((sample.name, *labels))] += sample.value
+    return found
+
+
+def reset_caches(client: httpx.Client, server: VLLMServer, *, connector: bool = True) -> None:
+    """Empty the prefix cache, the encoder cache, and that of decoded images.
+
+    The server needs `VLLM_SERVER_DEV_MODE`.
+
+    Args:
+        connector: let its KV connector forget what it has in memory, too.
+
+    Raises:
+        ServerError: it refused.
+    """
+    reset = f"reset_prefix_cache?reset_external={str(connector).lower()}"
+    for path in (reset, "reset_encoder_cache", "reset_mm_cache"):
+        with _explained(server):
+            _check_status(client.post(f"{server.base_url}/{path}"))
 
 
 def chat(

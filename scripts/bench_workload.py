@@ -1,0 +1,816 @@
+#!/usr/bin/env python
+"""Run workloads with recurring images through `vllm bench serve`: VLCache and its alternatives.
+
+Workloads (no image occurs in two of them):
+
+- "window": users with turns. A prompt has the user's last images: with each turn one leaves, one is
+  new, and all others have moved.
+- "documents": questions about documents. A prompt has all pages of one, in another order each time.
+- "repeat R %": prompts in which R % of the images are known, from a pool shown before.
+
+Each prompt begins with a number of its own, so that prefix caching alone can't serve it, and no
+image is ever where it was before: it follows more or fewer images, or other text (`shifted`).
+
+Systems, all alive at the same time, one loaded at a time, all caches in memory reset before each
+workload:
+
+- "plain": vLLM with its prefix cache and its encoder cache. "plain-again" is the same server once
+  more in each workload: the control for agreement, and for the machine's pace.
+- "ec": plus vLLM's own encoder-cache connector. It is `ECExampleConnector` (files), because
+  `ECCPUConnector` needs Model Runner V2, and that needs Triton.
+- "lmcache": plus LMCache's connector, prefix caching in host memory. It is `LMCacheMPConnector`,
+  with a server of its own: `LMCacheConnectorV1` (0.5.6) logs "No supported cpu connector found" on
+  a CPU, and from then on stores nothing.
+- "vlcache-device", "-cpu", "-disk", "-redis": plus VLCache. Where segments are to come from disk or
+  Redis, host memory has room for the images of the prompts under way and a few more; "reused from"
+  tells where they did come from.
+
+A peer that can't be started, or doesn't even serve the same prompt again, is named with the reason.
+
+The dataset is `custom_image` (`vllm/benchmarks/datasets/datasets.py`). Of rows with "prompt" and
+"image_files", vLLM makes one text with all images behind it (`openai-chat`). Rows with "content"
+are sent as they are, text and images interleaved: those are written here, all users' first turns
+first. They are sent in this order (`--disable-shuffle`), each as soon as fewer than
+`--max-concurrency` are under way, with images as data URLs. Each run of the client is a process of
+its own, forked from one that has imported vLLM.
+
+TTFT and requests/s are the client's. Tokens are those of the servers' `/metrics`: "computed" are
+`vllm:prompt_tokens` less `vllm:prompt_tokens_cached`, everything that went through the language
+model to fill KV. Tokens that VLCache recomputes are not cached ones. "Agreement" is the share of
+answers (greedy) that are the very text of plain vLLM's. On random weights it tells how far reuse
+moves logits, not how good answers are.
+
+Results go to PREFIX.json (each run with every TTFT and text), PREFIX.md and PREFIX.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bench_ttft as ttft
+import httpx
+from bench_ttft import with_suffix, write_text
+from local_redis import LocalRedis, RedisError, find_server, free_port
+from make_tiny_model import DTYPES, SIZES, make_tiny_model
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from serving import (
+    CELL_PX,
+    ROOT,
+    SERVER_ENV,
+    Part,
+    ServerError,
+    VLLMServer,
+    chat,
+    counters,
+    image_part,
+    make_client,
+    make_image,
+    reset_caches,
+    start_together,
+    text_part,
+)
+
+SCHEMA = 1
+DEFAULT_OUTPUT = ROOT / "configs" / "results" / "workload_cpu"
+PEERS = ("ec", "lmcache")
+VLCACHE = ("vlcache-device", "vlcache-cpu", "vlcache-disk", "vlcache-redis")
+SYSTEMS = ("plain", *PEERS, *VLCACHE)
+CONTROL = "plain-again"
+WORKLOADS = ("window", "documents", "repeat")
+SCALE_HELP = {
+    "users": "window: how many users",
+    "turns": "window: of each user",
+    "images": "window and repeat: images in a prompt",
+    "documents": "documents: how many",
+    "pages": "documents: pages of each, all of them in a prompt",
+    "questions": "documents: how many in all",
+    "requests": "repeat: prompts of each rate",
+}
+PERCENTILES = (50, 95, 99)
+FILLER = "The bridge is closed. "
+BETWEEN, SEEDS_APART = ", ", 1_000_000
+ROOM = 1.3
+"""Host memory of "vlcache-disk" and "vlcache-redis", in prompts' images."""
+
+
+class BenchError(RuntimeError):
+    """What was measured is not what it should be."""
+
+
+# -- workloads ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is asked; `images` are those of a prompt, but for documents, which have `pages`."""
+
+    users: int = 3
+    turns: int = 4
+    images: int = 5
+    documents: int = 2
+    pages: int = 4
+    questions: int = 8
+    rates: tuple[int, ...] = (0, 25, 50, 80, 100)
+    requests: int = 4
+
+    @property
+    def most_images(self) -> int:
+        """Of a prompt."""
+        return max(self.images, self.pages)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt: seeds of its images in their order, and how much text is in front of them."""
+
+    images: tuple[int, ...]
+    fillers: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked, and what is shown before that and not measured."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    primed: tuple[Prompt, ...] = ()
+    rate: int | None = None
+
+    @property
+    def repeated(self) -> float:
+        """Share of the measured prompts' images that were shown before."""
+        shown = {image for prompt in self.primed for image in prompt.images}
+        repeats = []
+        for prompt in self.prompts:
+            repeats += [image in shown for image in prompt.images]
+            shown.update(prompt.images)
+        return sum(repeats) / len(repeats)
+
+
+def shifted(orders: Iterable[Sequence[int]]) -> tuple[Prompt, ...]:
+    """Prompts in which each image is at a place where it never was in those before."""
+    seen: set[tuple[int, int, int]] = set()
+    prompts = []
+    for number, images in enumerate(orders):
+        for fillers in itertools.count(number % 3):
+            places = {(image, slot, fillers) for slot, image in enumerate(images)}
+            if not places & seen:
+                break
+        seen |= places
+        prompts.append(Prompt(tuple(images), fillers))
+    return tuple(prompts)
+
+
+def make_workloads(scale: Scale) -> list[Workload]:
+    """All workloads, the same for the same scale."""
+    seeds = itertools.count(SEEDS_APART, SEEDS_APART)
+    first = next(seeds)
+    windows = [
+        [first + user * (scale.images + scale.turns) + turn + slot for slot in range(scale.images)]
+        for turn in range(scale.turns)
+        for user in range(scale.users)
+    ]
+    first = next(seeds)
+    questions = []
+    for number in range(scale.questions):
+        start = first + number % scale.documents * scale.pages
+        pages = list(range(start, start + scale.pages))
+        questions.append(random.Random(number).sample(pages, len(pages)))
+    workloads = [
+        Workload("window", shifted(windows)),
+        Workload("documents", shifted(questions)),
+    ]
+    return workloads + [_repeats(rate, scale, next(seeds)) for rate in scale.rates]
+
+
+def _repeats(rate: int, scale: Scale, first: int) -> Workload:
+    """Prompts with known images, evenly spread; the pool has those of two prompts."""
+    size = scale.images
+    known = [[first + 2 * i + half for i in range(size)] for half in (0, 1)]
+    pool = itertools.cycle(known[0] + known[1])
+    new = itertools.count(first + 2 * size)
+    slots = scale.requests * size
+    repeats = round(rate * slots / 100)
+    orders = []
+    for number in range(scale.requests):
+        images = []
+        for slot in range(number * size, (number + 1) * size):
+            is_known = (slot + 1) * repeats // slots > slot * repeats // slots
+            images.append(next(pool) if is_known else next(new))
+        random.Random(f"{rate} {number}").shuffle(images)
+        orders.append(images)
+    primed, prompts = (p := shifted([*known, *orders]))[: len(known)], p[len(known) :]
+    return Workload(f"repeat {rate} %", prompts, primed, rate)
+
+
+def content(prompt: Prompt, number: int, show: Callable[[int], Part]) -> list[Part]:
+    """A prompt as content of a chat; `show` makes that of an image."""
+    front = f"Request {number:06}. {FILLER * prompt.fillers}{ttft.IN_FRONT}"
+    parts = [text_part(front)]
+    for slot, image in enumerate(prompt.images):
+        parts += [text_part(BETWEEN)] * (slot > 0) + [show(image)]
+    return [*parts, text_part(ttft.BEHIND)]
+
+
+def write_dataset(workload: Workload, folder: Path, image_px: int) -> Path:
+    """Write images, and a JSONL file for `--dataset-name custom_image`; returns its path."""
+
+    def show(seed: int) -> Part:
+        path = folder / f"{seed}.png"
+        if not path.exists():
+            make_image(seed, image_px).save(path)
+        return {"type": "image", "image": str(path)}
+
+    first = len(workload.primed)
+    rows = [{"content": content(p, i, show)} for i, p in enumerate(workload.prompts, first)]
+    path = folder / f"{workload.name.replace(' ', '_').replace('%', 'percent')}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# -- systems ------------------------------------------------------------------------------------
+
+
+def make_servers(
+    model: Path, args: argparse.Namespace, folder: Path, redis_url: str | None
+) -> dict[str, VLLMServer]:
+    """One server for each system, alike but for its connector; none is started."""
+    image_tokens = (args.image_px // CELL_PX) ** 2
+    tokens = args.scale.most_images * image_tokens + ttft.TEXT_TOKENS
+    tokens = -(-max(tokens, 2048) // 1024) * 1024
+    shared = [
+        *("--dtype", args.dtype, "--max-model-len", str(tokens)),
+        *("--max-num-batched-tokens", str(2 * tokens)),
+        *("--max-num-seqs", str(max(4, args.concurrency))),
+        *("--limit-mm-per-prompt", json.dumps({"image": args.scale.most_images, "video": 0})),
+        *("--skip-mm-profiling", "--enable-prefix-caching", "--enforce-eager"),
+    ]
+    ample = {"cpu_bytes": args.cpu_bytes, "encoder_cpu_bytes": "64MiB"}
+    kv, rows = _bytes_per_token(model, 2 if args.dtype == "bfloat16" else 4)
+    room = ROOM * args.scale.most_images * args.concurrency * image_tokens
+    small = {"cpu_bytes": int(room * kv), "encoder_cpu_bytes": int(room * rows)}
+    small |= {"write_queue_bytes": "128MiB"}
+    vlcache: dict[str, dict[str, Any]] = {
+        "vlcache-device": ample | {"device_bytes": args.cpu_bytes},
+        "vlcache-cpu": ample,
+        "vlcache-disk": small | {"disk_path": str(folder / "disk")},
+        "vlcache-redis": small | {"redis_url": redis_url},
+    }
+    (folder / "ec").mkdir()
+    ec = {
+        "ec_connector": "ECExampleConnector",
+        "ec_role": "ec_both",
+        "ec_connector_extra_config": {"shared_storage_path": str(folder / "ec")},
+    }
+    # The server's default is another way of moving KV than a CPU worker's.
+    lmcache = {
+        "lmcache.mp.host": "tcp://127.0.0.1",
+        "lmcache.mp.port": free_port(),
+        "lmcache.mp.autostart": True,
+        "lmcache.mp.autostart.wait_timeout": args.start_timeout,
+        "lmcache.mp.autostart.server_args": "--l1-size-gb 1 --eviction-policy LRU "
+        f"--chunk-size 128 --supported-transfer-mode auto --http-port {free_port()}",
+    }
+    transfer = {
+        "kv_connector": "LMCacheMPConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": lmcache,
+    }
+    extra = {
+        "ec": ["--ec-transfer-config", json.dumps(ec)],
+        "lmcache": ["--kv-transfer-config", json.dumps(transfer)],
+    }
+    return {
+        name: VLLMServer(
+            model,
+            connector=vlcache.get(name),
+            extra_args=[*shared, *extra.get(name, [])],
+            log_path=args.cache_dir / "logs" / f"workload-{name}.log",
+            env={
+                "VLLM_CPU_OMP_THREADS_BIND": ttft._cores(),
+                "VLLM_SERVER_DEV_MODE": "1",  # endpoints that reset caches
+                "LMCACHE_DISABLE_BANNER": "1",
+            },
+            timeout=args.start_timeout,
+        )
+        for name in args.systems
+    }
+
+
+def _bytes_per_token(model: Path, element: int) -> tuple[int, int]:
+    """Of KV, and of a row of the encoder's output."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config", config)
+    heads, hidden = text["num_attention_heads"], text["hidden_size"]
+    head_dim = text.get("head_dim") or hidden // heads
+    kv = text["num_hidden_layers"] * 2 * text.get("num_key_value_heads", heads) * head_dim
+    return kv * element, hidden * element
+
+
+def check_cache(
+    client: httpx.Client, server: VLLMServer, name: str, images: int, image_px: int
+) -> None:
+    """Warm a server up; its KV connector has to serve a prompt that comes again.
+
+    Raises:
+        BenchError: it doesn't.
+    """
+    prompt = Prompt(tuple(range(images)), 0)
+    parts = content(prompt, 0, lambda seed: image_part(make_image(seed, image_px)))
+    before = counters(client, server)
+    for _ in range(2):
+        reset_caches(client, server, connector=False)
+        chat(client, server, parts, max_tokens=2)
+    hits = (counters(client, server) - before)["vllm:external_prefix_cache_hits_total"]
+    if name not in ("plain", "ec") and not hits:
+        raise BenchError("its cache does not even serve the same prompt again")
+
+
+# -- measuring ----------------------------------------------------------------------------------
+
+
+def _vllm(arguments: Sequence[str], log: str) -> None:
+    """Runs in a process of its own: the command `vllm`."""
+    with open(log, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    from vllm.entrypoints.cli.main import main
+
+    sys.argv = ["vllm", *arguments]
+    main()
+
+
+class Client:
+    """`vllm bench serve`, each time in a new process that need not import vLLM first."""
+
+    def __init__(self, model: Path, log: Path, output_tokens: int, concurrency: int) -> None:
+        self._model, self._log = model, log
+        self._output_tokens, self._concurrency = output_tokens, concurrency
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["vllm.entrypoints.cli.main", "vllm.benchmarks.serve"])
+        os.environ.update(SERVER_ENV, NO_PROXY="127.0.0.1")  # the forkserver inherits them
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+
+    def arguments(self, server: VLLMServer, dataset: Path, prompts: int) -> list[str]:
+        """Of `vllm`."""
+        return [
+            *("bench", "serve", "--backend", "openai-chat", "--base-url", server.base_url),
+            *("--endpoint", "/v1/chat/completions", "--model", str(self._model)),
+            *("--served-model-name", server.model, "--dataset-name", "custom_image"),
+            *("--dataset-path", str(dataset), "--num-prompts", str(prompts)),
+            *("--disable-shuffle", "--no-oversample", "--custom-ensure-client-side-data"),
+            *("--custom-output-len", str(self._output_tokens), "--temperature", "0"),
+            *("--max-concurrency", str(self._concurrency), "--disable-tqdm"),
+            *("--percentile-metrics", "ttft"),
+            *("--metric-percentiles", ",".join(map(str, PERCENTILES))),
+            *("--save-result", "--save-detailed", "--result-dir", str(dataset.parent)),
+            *("--result-filename", "result.json"),
+        ]
+
+    def run(self, server: VLLMServer, dataset: Path, prompts: int) -> dict[str, Any]:
+        """Send a dataset; returns what the client wrote.
+
+        Raises:
+            BenchError: it failed, or a request did.
+        """
+        result = dataset.parent / "result.json"
+        result.unlink(missing_ok=True)
+        arguments = self.arguments(server, dataset, prompts)
+        process = self._context.Process(target=_vllm, args=(arguments, str(self._log)), daemon=True)
+        process.start()
+        process.join()
+        if process.exitcode or not result.exists():
+            server.raise_if_dead()
+            raise BenchError(f"vllm bench serve ended with {process.exitcode}, see {self._log}")
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        if found["completed"] != prompts:
+            errors = [error for error in found["errors"] if error]
+            raise BenchError(f"{prompts - found['completed']} requests failed: {errors[:1]}")
+        return found
+
+
+def measure(
+    http: httpx.Client,
+    client: Client,
+    server: VLLMServer,
+    system: str,
+    workload: Workload,
+    dataset: Path,
+    image_px: int,
+) -> dict[str, Any]:
+    """One workload on one system, from empty caches."""
+    reset_caches(http, server)
+    for number, prompt in enumerate(workload.primed):
+        parts = content(prompt, number, lambda seed: image_part(make_image(seed, image_px)))
+        chat(http, server, parts, max_tokens=1)
+    before = counters(http, server)
+    found = client.run(server, dataset, len(workload.prompts))
+    used = counters(http, server) - before
+    prompt_tokens = used["vllm:prompt_tokens_total"]
+    return {
+        "workload": workload.name,
+        "system": system,
+        "requests": found["completed"],
+        "seconds": found["duration"],
+        "requests_per_second": found["request_throughput"],
+        "ttft": {f"p{p}": found[f"p{p}_ttft_ms"] / 1e3 for p in PERCENTILES},
+        "prompt_tokens": prompt_tokens,
+        "computed_tokens": prompt_tokens - used["vllm:prompt_tokens_cached_total"],
+        "sparse_prefill_tokens": used["vllm:vlcache_sparse_prefill_tokens_total"],
+        "reused_tokens": _labelled(used, "vllm:vlcache_reused_tokens_total"),
+        "lookups": _labelled(used, "vllm:vlcache_lookups_total"),
+        "ttfts": found["ttfts"],
+        "texts": found["generated_texts"],
+    }
+
+
+def _labelled(counts: Mapping[str, float], name: str) -> dict[str, float]:
+    """Of one metric: what is above zero, by labels."""
+    mine = {key.removeprefix(f"{name}/"): n for key, n in counts.items() if key.startswith(name)}
+    return {key: n for key, n in mine.items() if n}
+
+
+# -- what the measurements say ------------------------------------------------------------------
+
+
+def agreement(runs: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> float | None:
+    """Share of a run's answers that are plain vLLM's; None where that is not known."""
+    for other in runs:
+        if (other["workload"], other["system"]) == (run["workload"], "plain"):
+            pairs = list(zip(run["texts"], other["texts"], strict=True))
+            return sum(mine == theirs for mine, theirs in pairs) / len(pairs)
+    return None
+
+
+def make_markdown(document: Mapping[str, Any]) -> str:
+    """The results as a Markdown page."""
+    settings, machine, runs = document["settings"], document["machine"], document["runs"]
+    commit, changed = document["git"]["commit"] or "unknown", document["git"]["changed"]
+    lines = [
+        "# Workloads with recurring images, through vllm bench serve",
+        "",
+        f"- Model: {settings['model']}, {settings['dtype']}; images of {settings['image_px']} px, "
+        f"{settings['image_tokens']} tokens each; {settings['output_tokens']} output tokens; "
+        f"{settings['concurrency']} request(s) at a time",
+        f"- Scale: {', '.join(f'{k} {v}' for k, v in settings['scale'].items())}",
+        f"- Machine: {machine['cpu']}, {machine['cores']} cores; other programs used "
+        f"{document['other_cores']:.1f} of them on average",
+        f"- Versions: {', '.join(f'{k} {v}' for k, v in document['versions'].items())}; "
+        f"commit {commit[:12]}{' with changes' if changed else ''}",
+        f"- Started {document['started']}, {ttft._duration(dict(document))}",
+        f"- Command: `{document['command']}`",
+        *(f"- Not run: {name}: {reason}" for name, reason in document["not_run"].items()),
+        "",
+        "TTFT in seconds, by the client; with so few requests p99 is the slowest one. Computed: "
+        "tokens of all prompts that went through the language model, those that VLCache recomputed "
+        "included. Agreement: answers that are the very text of plain vLLM's; plain-again is the "
+        "control. Known: share of the images that were shown before.",
+    ]
+    for workload in document["workloads"]:
+        mine = [run for run in runs if run["workload"] == workload["name"]]
+        mine.sort(key=lambda run: [*SYSTEMS, CONTROL].index(run["system"]))
+        lines += [
+            "",
+            f"## {workload['name'][0].upper()}{workload['name'][1:]}: {workload['requests']} "
+            f"requests, {workload['repeated']:.0%} of the images known",
+            "",
+            "| System | p50 | p95 | p99 | Requests/s | Computed | Reused from | Agreement |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+            *(f"| {' | '.join(_row(runs, run))} |" for run in mine),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(runs: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> list[str]:
+    reused, agreed = run["reused_tokens"], agreement(runs, run)
+    computed = run["computed_tokens"]
+    return [
+        run["system"],
+        *(f"{run['ttft'][f'p{p}']:.2f}" for p in PERCENTILES),
+        f"{run['requests_per_second']:.2f}",
+        f"{computed:.0f} ({computed / run['prompt_tokens']:.0%})",
+        ", ".join(f"{tier} {n / sum(reused.values()):.0%}" for tier, n in reused.items()) or "-",
+        "-" if agreed is None or run["system"] == "plain" else f"{agreed:.0%}",
+    ]
+
+
+def plot(document: Mapping[str, Any], path: Path) -> None:
+    """Draw TTFT by workload and system, and requests/s over the repeat rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = document["runs"]
+    systems = [name for name in (*SYSTEMS, CONTROL) if any(run["system"] == name for run in runs)]
+    names = [w["name"] for w in document["workloads"]]
+    rates = {w["name"]: w["rate"] for w in document["workloads"] if w["rate"] is not None}
+    greys = {"plain": "black", CONTROL: "grey", "ec": "tab:orange", "lmcache": "tab:red"}
+    blues = plt.get_cmap("viridis")
+    colours = {name: blues(0.25 + 0.2 * i) for i, name in enumerate(VLCACHE)} | greys
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(15, 5), layout="constrained", width_ratios=(2, 1)
+    )
+    width = 0.8 / len(systems)
+    for index, system in enumerate(systems):
+        mine = [run for run in runs if run["system"] == system]
+        x = [
+            names.index(run["workload"]) + (index - (len(systems) - 1) / 2) * width for run in mine
+        ]
+        p50, p95 = ([run["ttft"][p] for run in mine] for p in ("p50", "p95"))
+        left.bar(x, p50, 0.9 * width, color=colours[system], label=system)
+        left.vlines(x, p50, p95, color=colours[system], linewidth=1.5)
+        by_rate = sorted(
+            (rates[run["workload"]], run["requests_per_second"])
+            for run in mine
+            if run["workload"] in rates
+        )
+        style = {"linestyle": "--", "marker": "x"} if system == CONTROL else {"marker": "o"}
+        right.plot(*zip(*by_rate, strict=True), color=colours[system], label=system, **style)
+    left.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names])
+    left.set_ylabel("time to the first token (s): p50, line up to p95")
+    right.set_xlabel("images shown before (%)")
+    right.set_ylabel("requests per second")
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=9, ncols=2)
+    machine, settings = document["machine"], document["settings"]
+    figure.suptitle(
+        f"vllm bench serve, {settings['images']} images of {settings['image_px']} px in a prompt: "
+        f"{settings['model']}, {machine['cores']} cores of {machine['cpu']}",
+        fontsize=11,
+    )
+    with ttft._replacing(path) as work:
+        figure.savefig(work, dpi=130, format="png")
+    plt.close(figure)
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+def run(console: Console, args: argparse.Namespace) -> None:
+    """Measure and report."""
+    model, model_name = args.model, str(args.model)
+    if model is None:
+        model_name = f"qwen2_5_vl, {args.size} size of make_tiny_model.py"
+        folder = args.cache_dir / "models" / f"qwen2_5_vl-{args.size}-{args.dtype}"
+        model = make_tiny_model(folder, arch="qwen2_5_vl", size=args.size, dtype=args.dtype)
+    workloads = [w for w in make_workloads(args.scale) if w.name.split()[0] in args.workloads]
+    not_run: dict[str, str] = {}
+    if "vlcache-redis" in args.systems and find_server() is None:
+        not_run["vlcache-redis"] = "there is no redis-server"
+        args.systems.remove("vlcache-redis")
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "complete": False,
+        "started": ttft._now(),
+        "command": ttft._command_line(["python", str(Path(__file__).resolve()), *args.argv]),
+        "git": {
+            "commit": ttft._git("rev-parse", "HEAD"),
+            "changed": bool(ttft._git("status", "--porcelain", "vlcache_connector", "scripts")),
+        },
+        "versions": ttft._versions(),
+        "machine": ttft._machine(),
+        "settings": {
+            "model": model_name,
+            "dtype": args.dtype,
+            "image_px": args.image_px,
+            "image_tokens": (args.image_px // CELL_PX) ** 2,
+            "output_tokens": args.output_tokens,
+            "concurrency": args.concurrency,
+            "images": args.scale.images,
+            "scale": asdict(args.scale),
+        },
+        "not_run": not_run,
+        "workloads": [
+            {"name": w.name, "requests": len(w.prompts), "repeated": w.repeated, "rate": w.rate}
+            for w in workloads
+        ],
+        "runs": [],
+    }
+    output = with_suffix(args.output, ".json")
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.cache_dir)))
+        redis = None
+        if "vlcache-redis" in args.systems:
+            redis = stack.enter_context(LocalRedis(work)).url
+        servers = make_servers(model, args, work, redis)
+        http = stack.enter_context(make_client(timeout=1800.0))
+        progress = stack.enter_context(
+            Progress(
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("[dim]{task.description}"),
+                console=console,
+                transient=True,
+            )
+        )
+        task = progress.add_task(f"starting {len(servers)} servers")
+        failed = stack.enter_context(start_together(servers))
+        for name, error in failed.items():
+            _leave_out(name, error, not_run)
+        log = args.cache_dir / "logs" / "workload-client.log"
+        client = Client(model, log, args.output_tokens, args.concurrency)
+        for name in [name for name in servers if name not in not_run]:
+            progress.update(task, description=f"warming up {name}")
+            try:
+                check_cache(http, servers[name], name, args.scale.most_images, args.image_px)
+            except BenchError as error:
+                _leave_out(name, error, not_run)
+        turns = [name for name in servers if name not in not_run]
+        turns += [CONTROL] if "plain" in turns else []
+        progress.update(task, total=len(workloads) * len(turns))
+        groups = [servers[name].process_group for name in turns if name != CONTROL]
+        before = ttft.CpuTimes.now(groups)
+        document["servers"] = {
+            name: ttft._command_line(servers[name].command(0)) for name in turns if name != CONTROL
+        }
+        for index, workload in enumerate(workloads):
+            dataset = write_dataset(workload, work, args.image_px)
+            first = index % len(turns)  # nobody is always the first one
+            for name in turns[first:] + turns[:first]:
+                progress.update(task, description=f"{workload.name}, {name}")
+                server = servers["plain" if name == CONTROL else name]
+                found = measure(http, client, server, name, workload, dataset, args.image_px)
+                document["runs"].append(found)
+                write_text(output, json.dumps(document, indent=1) + "\n")
+                progress.advance(task)
+        seconds = sum(found["seconds"] for found in document["runs"])
+        document["other_cores"] = 0.0
+        if seconds:
+            used = ttft.CpuTimes.now(groups).other - before.other
+            document["other_cores"] = used / progress.tasks[task].elapsed
+    document |= {"complete": True, "finished": ttft._now()}
+    write_text(output, json.dumps(document, indent=1) + "\n")
+    report(console, document, args.output)
+
+
+def _leave_out(name: str, error: Exception, not_run: dict[str, str]) -> None:
+    """A peer that does not work is named; anything else has to work."""
+    if name not in PEERS:
+        raise error
+    not_run[name] = str(error).strip().splitlines()[-1]
+
+
+def report(console: Console, document: Mapping[str, Any], output: Path) -> None:
+    """Write page and plot, and print the page."""
+    page = make_markdown(document)
+    write_text(with_suffix(output, ".md"), page)
+    plot(document, with_suffix(output, ".png"))
+    console.print(page, markup=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    try:
+        if args.plot_only:
+            report(console, read_document(with_suffix(args.output, ".json")), args.output)
+        else:
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, ttft._end)
+            args.cache_dir.mkdir(parents=True, exist_ok=True)
+            run(console, args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (BenchError, ServerError, RedisError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote.
+
+    Raises:
+        ValueError: the file is none of this script.
+    """
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ValueError(f"{path} was not written by this version of bench_workload.py")
+    return document
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Workloads with recurring images through vllm bench serve: plain vLLM, its "
+        "encoder-cache connector, LMCache's connector, and VLCache from each of its tiers."
+    )
+    parser.add_argument(
+        "--plot-only",
+        action="store_true",
+        help="measure nothing, draw table and plot from the JSON file",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        metavar="PREFIX",
+        help="results go to PREFIX.json, PREFIX.md and PREFIX.png (%(default)s)",
+    )
+    what = parser.add_argument_group("what is asked")
+    what.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    what.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    scale = Scale()
+    for name, text in SCALE_HELP.items():
+        default = getattr(scale, name)
+        what.add_argument(f"--{name}", type=int, default=default, help=f"{text} (%(default)s)")
+    what.add_argument(
+        "--rates",
+        type=int,
+        nargs="+",
+        default=list(scale.rates),
+        metavar="PERCENT",
+        help="of known images",
+    )
+    what.add_argument("--image-px", type=int, default=448, help="edge of the images (%(default)s)")
+    what.add_argument("--output-tokens", type=int, default=8, help="of an answer (%(default)s)")
+    what.add_argument(
+        "--concurrency",
+        type=int,
+        default=1,
+        help="most requests at a time (%(default)s: on few cores, more would only queue)",
+    )
+    served = parser.add_argument_group("what is served")
+    served.add_argument(
+        "--size",
+        choices=SIZES,
+        default="bench",
+        help="size of the model that is made (%(default)s)",
+    )
+    served.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint to serve instead")
+    served.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="precision of the model (%(default)s)"
+    )
+    served.add_argument(
+        "--cpu-bytes",
+        default="512MiB",
+        metavar="BYTES",
+        help="memory of vlcache-cpu and of vlcache-device, there twice (%(default)s)",
+    )
+    served.add_argument(
+        "--start-timeout",
+        type=float,
+        default=900.0,
+        metavar="SECONDS",
+        help="how long the servers may take until they are ready (%(default)g)",
+    )
+    served.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=ROOT / ".cache",
+        metavar="DIR",
+        help="where models and logs are kept (%(default)s)",
+    )
+    args = parser.parse_args(argv)
+    args.argv = list(argv)
+    args.scale = Scale(
+        **{name: getattr(args, name) for name in SCALE_HELP}, rates=tuple(sorted(set(args.rates)))
+    )
+    for problem in _problems(args):
+        parser.error(problem)
+    return args
+
+
+def _problems(args: argparse.Namespace) -> Iterator[str]:
+    for name in (*SCALE_HELP, "output_tokens", "concurrency"):
+        least = 2 if name == "images" else 1
+        if getattr(args, name) < least:
+            flag = name.replace("_", "-")
+            yield f"--{flag} {getattr(args, name)}: must be at least {least}"
+    for rate in args.rates:
+        if not 0 <= rate <= 100:
+            yield f"--rates {rate}: must be between 0 and 100"
+    if args.image_px % CELL_PX or not 112 <= args.image_px <= 1792:
+        yield f"--image-px {args.image_px}: must be a multiple of {CELL_PX}, 112 to 1792"
+    if "plain" not in args.systems:
+        yield f"--systems {' '.join(args.systems)}: plain must be among them"
+    if args.model is not None and not (args.model / "config.json").is_file():
+        yield f"--model {args.model}: there is no config.json in it"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
