@@ -103,6 +103,8 @@ SCALE_HELP = {
 PERCENTILES = (50, 95, 99)
 FILLER = "The bridge is closed. "
 BETWEEN, SEEDS_APART = ", ", 1_000_000
+BLOCK = 128
+"""Tokens of a block of vLLM's KV cache: the CPU backend's default."""
 ROOM = 1.3
 """Host memory of "vlcache-disk" and "vlcache-redis", in prompts' images."""
 
@@ -257,13 +259,14 @@ def make_servers(
         *("--max-num-batched-tokens", str(2 * tokens)),
         *("--max-num-seqs", str(max(4, args.concurrency))),
         *("--limit-mm-per-prompt", json.dumps({"image": args.scale.most_images, "video": 0})),
+        *("--block-size", str(BLOCK), "--num-gpu-blocks-override", str(args.kv_blocks)),
         *("--skip-mm-profiling", "--enable-prefix-caching", "--enforce-eager"),
     ]
     ample = {"cpu_bytes": args.cpu_bytes, "encoder_cpu_bytes": "64MiB"}
     kv, rows = _bytes_per_token(model, 2 if args.dtype == "bfloat16" else 4)
     room = ROOM * args.scale.most_images * args.concurrency * image_tokens
     small = {"cpu_bytes": int(room * kv), "encoder_cpu_bytes": int(room * rows)}
-    small |= {"write_queue_bytes": "128MiB"}
+    small |= {"write_queue_bytes": "64MiB"}
     vlcache: dict[str, dict[str, Any]] = {
         "vlcache-device": ample | {"device_bytes": args.cpu_bytes},
         "vlcache-cpu": ample,
@@ -283,7 +286,7 @@ def make_servers(
         "lmcache.mp.autostart": True,
         "lmcache.mp.autostart.wait_timeout": args.start_timeout,
         "lmcache.mp.autostart.server_args": "--l1-size-gb 1 --eviction-policy LRU "
-        f"--chunk-size 128 --supported-transfer-mode auto --http-port {free_port()}",
+        f"--chunk-size {BLOCK} --supported-transfer-mode auto --http-port {free_port()}",
     }
     transfer = {
         "kv_connector": "LMCacheMPConnector",
@@ -767,9 +770,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     served.add_argument(
         "--cpu-bytes",
-        default="512MiB",
+        default="256MiB",
         metavar="BYTES",
         help="memory of vlcache-cpu and of vlcache-device, there twice (%(default)s)",
+    )
+    served.add_argument(
+        "--kv-blocks",
+        type=int,
+        default=192,
+        help=f"size of vLLM's own KV cache, in blocks of {BLOCK} tokens (%(default)s: more than "
+        "all prompts of a workload have)",
     )
     served.add_argument(
         "--start-timeout",
@@ -796,7 +806,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
-    for name in (*SCALE_HELP, "output_tokens", "concurrency"):
+    for name in (*SCALE_HELP, "output_tokens", "concurrency", "kv_blocks"):
         least = 2 if name == "images" else 1
         if getattr(args, name) < least:
             flag = name.replace("_", "-")

@@ -373,9 +373,9 @@ def make_client(timeout: float = 300.0) -> httpx.Client:
 
 
 def counters(client: httpx.Client, server: VLLMServer) -> Counter[str]:
-    """What vLLM counts on `/metrics`: `name`, or `name/tier/outcome` with the labels it has of these.
+    """What vLLM counts on `/metrics`, summed over all labels but `tier` and `outcome`.
 
-    Summed over all other labels.
+    Keys are `name`, `name/tier` and so on.
     """
     found: Counter[str] = Counter()
     response = client.get(f"{server.base_url}/metrics")
