@@ -11,11 +11,11 @@ Workloads (no image occurs in two of them):
 Each prompt begins with a number of its own, so that prefix caching alone can't serve it, and no
 image is ever where it was before: it follows more or fewer images, or other text (`shifted`).
 
-Systems, all alive at the same time, one loaded at a time, all caches in memory reset before each
-workload:
+Systems, in two halves, because a server takes 3 GiB. Those of a half are alive at the same time and
+get a workload one after the other, from empty caches. Plain vLLM is in both, as "plain" and as
+"plain-again", which is the control for agreement, and for the machine's pace:
 
-- "plain": vLLM with its prefix cache and its encoder cache. "plain-again" is the same server once
-  more in each workload: the control for agreement, and for the machine's pace.
+- "plain": vLLM with its prefix cache and its encoder cache.
 - "ec": plus vLLM's own encoder-cache connector. It is `ECExampleConnector` (files), because
   `ECCPUConnector` needs Model Runner V2, and that needs Triton.
 - "lmcache": plus LMCache's connector, prefix caching in host memory. It is `LMCacheMPConnector`,
@@ -55,6 +55,7 @@ import random
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ from serving import (
 SCHEMA = 1
 DEFAULT_OUTPUT = ROOT / "configs" / "results" / "workload_cpu"
 PEERS = ("ec", "lmcache")
-VLCACHE = ("vlcache-device", "vlcache-cpu", "vlcache-disk", "vlcache-redis")
+VLCACHE = ("vlcache-cpu", "vlcache-device", "vlcache-disk", "vlcache-redis")
 SYSTEMS = ("plain", *PEERS, *VLCACHE)
 CONTROL = "plain-again"
 WORKLOADS = ("window", "documents", "repeat")
@@ -125,7 +126,7 @@ class Scale:
     images: int = 5
     documents: int = 2
     pages: int = 4
-    questions: int = 8
+    questions: int = 6
     rates: tuple[int, ...] = (0, 25, 50, 80, 100)
     requests: int = 4
 
@@ -411,7 +412,6 @@ def measure(
     http: httpx.Client,
     client: Client,
     server: VLLMServer,
-    system: str,
     workload: Workload,
     dataset: Path,
     image_px: int,
@@ -426,8 +426,6 @@ def measure(
     used = counters(http, server) - before
     prompt_tokens = used["vllm:prompt_tokens_total"]
     return {
-        "workload": workload.name,
-        "system": system,
         "requests": found["completed"],
         "seconds": found["duration"],
         "requests_per_second": found["request_throughput"],
@@ -463,6 +461,7 @@ def agreement(runs: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> floa
 def make_markdown(document: Mapping[str, Any]) -> str:
     """The results as a Markdown page."""
     settings, machine, runs = document["settings"], document["machine"], document["runs"]
+    systems = _systems(runs)
     commit, changed = document["git"]["commit"] or "unknown", document["git"]["changed"]
     lines = [
         "# Workloads with recurring images, through vllm bench serve",
@@ -471,40 +470,55 @@ def make_markdown(document: Mapping[str, Any]) -> str:
         f"{settings['image_tokens']} tokens each; {settings['output_tokens']} output tokens; "
         f"{settings['concurrency']} request(s) at a time",
         f"- Scale: {', '.join(f'{k} {v}' for k, v in settings['scale'].items())}",
-        f"- Machine: {machine['cpu']}, {machine['cores']} cores; other programs used "
-        f"{document['other_cores']:.1f} of them on average",
+        f"- Machine: {machine['cpu']}, {machine['cores']} cores; other programs and "
+        f"the client kept {_mean(document['other_load']):.1f} of them busy",
         f"- Versions: {', '.join(f'{k} {v}' for k, v in document['versions'].items())}; "
         f"commit {commit[:12]}{' with changes' if changed else ''}",
         f"- Started {document['started']}, {ttft._duration(dict(document))}",
         f"- Command: `{document['command']}`",
         *(f"- Not run: {name}: {reason}" for name, reason in document["not_run"].items()),
         "",
-        "TTFT in seconds, by the client; with so few requests p99 is the slowest one. Computed: "
-        "tokens of all prompts that went through the language model, those that VLCache recomputed "
-        "included. Agreement: answers that are the very text of plain vLLM's; plain-again is the "
-        "control. Known: share of the images that were shown before.",
+        "TTFT in seconds, by the client; of few requests p99 is the slowest one. Speed-up: p50 of "
+        "plain vLLM over that of the system; systems below plain-again were measured beside that "
+        "one. Computed: tokens of all prompts that went through the language model, those that "
+        "VLCache recomputed included. Agreement: answers that are the very text of plain vLLM's; "
+        "plain-again is the control. Known: shown before.",
     ]
     for workload in document["workloads"]:
         mine = [run for run in runs if run["workload"] == workload["name"]]
-        mine.sort(key=lambda run: [*SYSTEMS, CONTROL].index(run["system"]))
+        mine.sort(key=lambda run: systems.index(run["system"]))
         lines += [
             "",
             f"## {workload['name'][0].upper()}{workload['name'][1:]}: {workload['requests']} "
             f"requests, {workload['repeated']:.0%} of the images known",
             "",
-            "| System | p50 | p95 | p99 | Requests/s | Computed | Reused from | Agreement |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+            "| System | p50 | p95 | p99 | Speed-up | Requests/s | Computed | Reused from "
+            "| Agreement |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
             *(f"| {' | '.join(_row(runs, run))} |" for run in mine),
         ]
     return "\n".join(lines) + "\n"
 
 
+def _systems(runs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """In the order of their halves, plain vLLM first in each."""
+    halves = {run["system"]: run["plain"] for run in runs}
+    order = [CONTROL, *SYSTEMS]
+    return sorted(halves, key=lambda name: (halves[name] == CONTROL, order.index(name)))
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / max(1, len(numbers))
+
+
 def _row(runs: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> list[str]:
     reused, agreed = run["reused_tokens"], agreement(runs, run)
     computed = run["computed_tokens"]
+    [plain] = [r for r in runs if (r["workload"], r["system"]) == (run["workload"], run["plain"])]
     return [
         run["system"],
         *(f"{run['ttft'][f'p{p}']:.2f}" for p in PERCENTILES),
+        f"{plain['ttft']['p50'] / run['ttft']['p50']:.1f}",
         f"{run['requests_per_second']:.2f}",
         f"{computed:.0f} ({computed / run['prompt_tokens']:.0%})",
         ", ".join(f"{tier} {n / sum(reused.values()):.0%}" for tier, n in reused.items()) or "-",
@@ -520,7 +534,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     runs = document["runs"]
-    systems = [name for name in (*SYSTEMS, CONTROL) if any(run["system"] == name for run in runs)]
+    systems = _systems(runs)
     names = [w["name"] for w in document["workloads"]]
     rates = {w["name"]: w["rate"] for w in document["workloads"] if w["rate"] is not None}
     greys = {"plain": "black", CONTROL: "grey", "ec": "tab:orange", "lmcache": "tab:red"}
@@ -557,7 +571,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     left.legend(frameon=False, fontsize=9, ncols=2)
     machine, settings = document["machine"], document["settings"]
     figure.suptitle(
-        f"vllm bench serve, {settings['images']} images of {settings['image_px']} px in a prompt: "
+        f"vllm bench serve, images of {settings['image_px']} px, "
         f"{settings['model']}, {machine['cores']} cores of {machine['cpu']}",
         fontsize=11,
     )
@@ -577,10 +591,6 @@ def run(console: Console, args: argparse.Namespace) -> None:
         folder = args.cache_dir / "models" / f"qwen2_5_vl-{args.size}-{args.dtype}"
         model = make_tiny_model(folder, arch="qwen2_5_vl", size=args.size, dtype=args.dtype)
     workloads = [w for w in make_workloads(args.scale) if w.name.split()[0] in args.workloads]
-    not_run: dict[str, str] = {}
-    if "vlcache-redis" in args.systems and find_server() is None:
-        not_run["vlcache-redis"] = "there is no redis-server"
-        args.systems.remove("vlcache-redis")
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "complete": False,
@@ -599,24 +609,26 @@ def run(console: Console, args: argparse.Namespace) -> None:
             "image_tokens": (args.image_px // CELL_PX) ** 2,
             "output_tokens": args.output_tokens,
             "concurrency": args.concurrency,
-            "images": args.scale.images,
             "scale": asdict(args.scale),
         },
-        "not_run": not_run,
+        "not_run": {},
         "workloads": [
             {"name": w.name, "requests": len(w.prompts), "repeated": w.repeated, "rate": w.rate}
             for w in workloads
         ],
+        "servers": {},
+        "other_load": [],
         "runs": [],
     }
-    output = with_suffix(args.output, ".json")
+    if "vlcache-redis" in args.systems and find_server() is None:
+        document["not_run"]["vlcache-redis"] = "there is no redis-server"
+        args.systems.remove("vlcache-redis")
     with contextlib.ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.cache_dir)))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.cache_dir)))
         redis = None
         if "vlcache-redis" in args.systems:
-            redis = stack.enter_context(LocalRedis(work)).url
-        servers = make_servers(model, args, work, redis)
-        http = stack.enter_context(make_client(timeout=1800.0))
+            redis = stack.enter_context(LocalRedis(folder)).url
+        servers = make_servers(model, args, folder, redis)
         progress = stack.enter_context(
             Progress(
                 BarColumn(),
@@ -627,51 +639,70 @@ def run(console: Console, args: argparse.Namespace) -> None:
                 transient=True,
             )
         )
-        task = progress.add_task(f"starting {len(servers)} servers")
-        failed = stack.enter_context(start_together(servers))
-        for name, error in failed.items():
-            _leave_out(name, error, not_run)
-        log = args.cache_dir / "logs" / "workload-client.log"
-        client = Client(model, log, args.output_tokens, args.concurrency)
-        for name in [name for name in servers if name not in not_run]:
-            progress.update(task, description=f"warming up {name}")
-            try:
-                check_cache(http, servers[name], name, args.scale.most_images, args.image_px)
-            except BenchError as error:
-                _leave_out(name, error, not_run)
-        turns = [name for name in servers if name not in not_run]
-        turns += [CONTROL] if "plain" in turns else []
-        progress.update(task, total=len(workloads) * len(turns))
-        groups = [servers[name].process_group for name in turns if name != CONTROL]
-        before = ttft.CpuTimes.now(groups)
-        document["servers"] = {
-            name: ttft._command_line(servers[name].command(0)) for name in turns if name != CONTROL
-        }
-        for index, workload in enumerate(workloads):
-            dataset = write_dataset(workload, work, args.image_px)
-            first = index % len(turns)  # nobody is always the first one
-            for name in turns[first:] + turns[:first]:
-                progress.update(task, description=f"{workload.name}, {name}")
-                server = servers["plain" if name == CONTROL else name]
-                found = measure(http, client, server, name, workload, dataset, args.image_px)
-                document["runs"].append(found)
-                write_text(output, json.dumps(document, indent=1) + "\n")
-                progress.advance(task)
-        seconds = sum(found["seconds"] for found in document["runs"])
-        document["other_cores"] = 0.0
-        if seconds:
-            used = ttft.CpuTimes.now(groups).other - before.other
-            document["other_cores"] = used / progress.tasks[task].elapsed
+        task = progress.add_task("", total=len(workloads) * (len(servers) + 1))
+
+        def show(what: str, done: int = 0) -> None:
+            progress.update(task, description=what, advance=done)
+
+        measure_all(document, args, model, workloads, servers, folder, show)
     document |= {"complete": True, "finished": ttft._now()}
-    write_text(output, json.dumps(document, indent=1) + "\n")
+    save(document, args.output)
     report(console, document, args.output)
 
 
-def _leave_out(name: str, error: Exception, not_run: dict[str, str]) -> None:
-    """A peer that does not work is named; anything else has to work."""
-    if name not in PEERS:
-        raise error
-    not_run[name] = str(error).strip().splitlines()[-1]
+def measure_all(
+    document: dict[str, Any],
+    args: argparse.Namespace,
+    model: Path,
+    workloads: Sequence[Workload],
+    servers: Mapping[str, VLLMServer],
+    folder: Path,
+    show: Callable[..., None],
+) -> None:
+    """All workloads on half of the systems, then on the other half; on plain vLLM in both."""
+    log = args.cache_dir / "logs" / "workload-client.log"
+    client = Client(model, log, args.output_tokens, args.concurrency)
+    datasets = [write_dataset(workload, folder, args.image_px) for workload in workloads]
+    for plain, names in zip(("plain", CONTROL), _halves(servers), strict=True):
+        here = {name: servers["plain" if name == plain else name] for name in (plain, *names)}
+        show(f"starting {', '.join(here)}")
+        with start_together(here) as failed, make_client(timeout=1800.0) as http:
+            for name, server in here.items():
+                show(f"warming up {name}")
+                try:
+                    if name in failed:
+                        raise failed[name]
+                    check_cache(http, server, name, args.scale.most_images, args.image_px)
+                except (BenchError, ServerError) as error:
+                    if name not in PEERS:
+                        raise
+                    document["not_run"][name] = str(error).strip().splitlines()[-1]
+            turns = [name for name in here if name not in document["not_run"]]
+            document["servers"] |= {n: ttft._command_line(here[n].command(0)) for n in turns}
+            groups = [here[name].process_group for name in turns]
+            for index, (workload, dataset) in enumerate(zip(workloads, datasets, strict=True)):
+                before, started = ttft.CpuTimes.now(groups), time.monotonic()
+                first = index % len(turns)  # nobody is always the first one
+                for name in turns[first:] + turns[:first]:
+                    show(f"{workload.name}, {name}")
+                    found = measure(http, client, here[name], workload, dataset, args.image_px)
+                    about = {"workload": workload.name, "system": name, "plain": plain}
+                    document["runs"].append(about | found)
+                    save(document, args.output)
+                    show(f"{workload.name}, {name}", 1)
+                used = ttft.CpuTimes.now(groups).other - before.other
+                document["other_load"].append(used / (time.monotonic() - started))
+
+
+def _halves(servers: Iterable[str]) -> tuple[list[str], list[str]]:
+    others = [name for name in servers if name != "plain"]
+    middle = -(-len(others) // 2)
+    return others[:middle], others[middle:]
+
+
+def save(document: Mapping[str, Any], output: Path) -> None:
+    """Replace the JSON file at once."""
+    write_text(with_suffix(output, ".json"), json.dumps(document, indent=1) + "\n")
 
 
 def report(console: Console, document: Mapping[str, Any], output: Path) -> None:

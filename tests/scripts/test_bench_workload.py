@@ -154,14 +154,6 @@ def test_agreement(bench: ModuleType) -> None:
     assert bench.agreement([_run("documents", "plain", ["y"] * 4), plain, mine], mine) == 0.75
 
 
-def test_peer_that_does_not_work(bench: ModuleType) -> None:
-    not_run: dict[str, str] = {}
-    bench._leave_out("lmcache", bench.ServerError("log\nRuntimeError: no CPU"), not_run)
-    assert not_run == {"lmcache": "RuntimeError: no CPU"}
-    with pytest.raises(bench.ServerError):
-        bench._leave_out("vlcache-cpu", bench.ServerError("ended"), not_run)
-
-
 @pytest.mark.slow
 def test_reduced_run(bench: ModuleType, tmp_path: Path) -> None:
     output = tmp_path / "results" / "workload"
