@@ -11,11 +11,11 @@ Workloads (no image occurs in two of them):
 Each prompt begins with a number of its own, so that prefix caching alone can't serve it, and no
 image is ever where it was before: it follows more or fewer images, or other text (`shifted`).
 
-Systems, in two halves, because a server takes 3 GiB. Those of a half are alive at the same time and
-get a workload one after the other, from empty caches. Plain vLLM is in both, as "plain" and as
-"plain-again", which is the control for agreement, and for the machine's pace:
+Systems, each in a server of its own, which takes about 3 GiB: only some are alive at a time. They
+get each workload one after the other, from empty caches:
 
-- "plain": vLLM with its prefix cache and its encoder cache.
+- "plain": vLLM with its prefix cache and its encoder cache. It has its turn with every group of the
+  others. Their TTFT is compared to that one, and "plain-2" and so on are the control for agreement.
 - "ec": plus vLLM's own encoder-cache connector. It is `ECExampleConnector` (files), because
   `ECCPUConnector` needs Model Runner V2, and that needs Triton.
 - "lmcache": plus LMCache's connector, prefix caching in host memory. It is `LMCacheMPConnector`,
@@ -90,7 +90,6 @@ DEFAULT_OUTPUT = ROOT / "configs" / "results" / "workload_cpu"
 PEERS = ("ec", "lmcache")
 VLCACHE = ("vlcache-cpu", "vlcache-device", "vlcache-disk", "vlcache-redis")
 SYSTEMS = ("plain", *PEERS, *VLCACHE)
-CONTROL = "plain-again"
 WORKLOADS = ("window", "documents", "repeat")
 SCALE_HELP = {
     "users": "window: how many users",
@@ -121,12 +120,12 @@ class BenchError(RuntimeError):
 class Scale:
     """How much is asked; `images` are those of a prompt, but for documents, which have `pages`."""
 
-    users: int = 3
+    users: int = 2
     turns: int = 4
     images: int = 5
     documents: int = 2
     pages: int = 4
-    questions: int = 6
+    questions: int = 4
     rates: tuple[int, ...] = (0, 25, 50, 80, 100)
     requests: int = 4
 
@@ -479,10 +478,10 @@ def make_markdown(document: Mapping[str, Any]) -> str:
         *(f"- Not run: {name}: {reason}" for name, reason in document["not_run"].items()),
         "",
         "TTFT in seconds, by the client; of few requests p99 is the slowest one. Speed-up: p50 of "
-        "plain vLLM over that of the system; systems below plain-again were measured beside that "
-        "one. Computed: tokens of all prompts that went through the language model, those that "
+        "plain vLLM beside the system, the nearest above it, over that of the system. "
+        "Computed: tokens of all prompts that went through the language model, those that "
         "VLCache recomputed included. Agreement: answers that are the very text of plain vLLM's; "
-        "plain-again is the control. Known: shown before.",
+        "plain-2 and so on are the control. Known: shown before.",
     ]
     for workload in document["workloads"]:
         mine = [run for run in runs if run["workload"] == workload["name"]]
@@ -501,10 +500,9 @@ def make_markdown(document: Mapping[str, Any]) -> str:
 
 
 def _systems(runs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """In the order of their halves, plain vLLM first in each."""
-    halves = {run["system"]: run["plain"] for run in runs}
-    order = [CONTROL, *SYSTEMS]
-    return sorted(halves, key=lambda name: (halves[name] == CONTROL, order.index(name)))
+    """In the order of their groups, plain vLLM first in each."""
+    plain = {run["system"]: run["plain"] for run in runs}
+    return sorted(plain, key=lambda name: (plain[name], [plain[name], *SYSTEMS].index(name)))
 
 
 def _mean(numbers: Sequence[float]) -> float:
@@ -537,9 +535,9 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     systems = _systems(runs)
     names = [w["name"] for w in document["workloads"]]
     rates = {w["name"]: w["rate"] for w in document["workloads"] if w["rate"] is not None}
-    greys = {"plain": "black", CONTROL: "grey", "ec": "tab:orange", "lmcache": "tab:red"}
-    blues = plt.get_cmap("viridis")
-    colours = {name: blues(0.25 + 0.2 * i) for i, name in enumerate(VLCACHE)} | greys
+    viridis = plt.get_cmap("viridis")
+    colours: dict[str, Any] = {name: viridis(0.25 + 0.2 * i) for i, name in enumerate(VLCACHE)}
+    colours |= {"plain": "black", "ec": "tab:orange", "lmcache": "tab:red"}
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(15, 5), layout="constrained", width_ratios=(2, 1)
     )
@@ -550,15 +548,17 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
             names.index(run["workload"]) + (index - (len(systems) - 1) / 2) * width for run in mine
         ]
         p50, p95 = ([run["ttft"][p] for run in mine] for p in ("p50", "p95"))
-        left.bar(x, p50, 0.9 * width, color=colours[system], label=system)
-        left.vlines(x, p50, p95, color=colours[system], linewidth=1.5)
+        left.bar(x, p50, 0.9 * width, color=colours.get(system, "grey"), label=system)
+        left.vlines(x, p50, p95, color=colours.get(system, "grey"), linewidth=1.5)
         by_rate = sorted(
             (rates[run["workload"]], run["requests_per_second"])
             for run in mine
             if run["workload"] in rates
         )
-        style = {"linestyle": "--", "marker": "x"} if system == CONTROL else {"marker": "o"}
-        right.plot(*zip(*by_rate, strict=True), color=colours[system], label=system, **style)
+        style = {"linestyle": "--", "marker": "x"} if system not in SYSTEMS else {"marker": "o"}
+        right.plot(
+            *zip(*by_rate, strict=True), color=colours.get(system, "grey"), label=system, **style
+        )
     left.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names])
     left.set_ylabel("time to the first token (s): p50, line up to p95")
     right.set_xlabel("images shown before (%)")
@@ -639,7 +639,8 @@ def run(console: Console, args: argparse.Namespace) -> None:
                 transient=True,
             )
         )
-        task = progress.add_task("", total=len(workloads) * (len(servers) + 1))
+        turns = [(plain, *names) for plain, names in _groups(servers, args.together).items()]
+        task = progress.add_task("", total=len(workloads) * sum(map(len, turns)))
 
         def show(what: str, done: int = 0) -> None:
             progress.update(task, description=what, advance=done)
@@ -659,45 +660,62 @@ def measure_all(
     folder: Path,
     show: Callable[..., None],
 ) -> None:
-    """All workloads on half of the systems, then on the other half; on plain vLLM in both."""
+    """All workloads on one group of systems after the other, and on plain vLLM with each."""
     log = args.cache_dir / "logs" / "workload-client.log"
     client = Client(model, log, args.output_tokens, args.concurrency)
     datasets = [write_dataset(workload, folder, args.image_px) for workload in workloads]
-    for plain, names in zip(("plain", CONTROL), _halves(servers), strict=True):
-        here = {name: servers["plain" if name == plain else name] for name in (plain, *names)}
-        show(f"starting {', '.join(here)}")
-        with start_together(here) as failed, make_client(timeout=1800.0) as http:
-            for name, server in here.items():
-                show(f"warming up {name}")
-                try:
-                    if name in failed:
-                        raise failed[name]
-                    check_cache(http, server, name, args.scale.most_images, args.image_px)
-                except (BenchError, ServerError) as error:
-                    if name not in PEERS:
-                        raise
-                    document["not_run"][name] = str(error).strip().splitlines()[-1]
-            turns = [name for name in here if name not in document["not_run"]]
-            document["servers"] |= {n: ttft._command_line(here[n].command(0)) for n in turns}
-            groups = [here[name].process_group for name in turns]
-            for index, (workload, dataset) in enumerate(zip(workloads, datasets, strict=True)):
-                before, started = ttft.CpuTimes.now(groups), time.monotonic()
-                first = index % len(turns)  # nobody is always the first one
-                for name in turns[first:] + turns[:first]:
-                    show(f"{workload.name}, {name}")
-                    found = measure(http, client, here[name], workload, dataset, args.image_px)
-                    about = {"workload": workload.name, "system": name, "plain": plain}
-                    document["runs"].append(about | found)
-                    save(document, args.output)
-                    show(f"{workload.name}, {name}", 1)
-                used = ttft.CpuTimes.now(groups).other - before.other
-                document["other_load"].append(used / (time.monotonic() - started))
+    images = args.scale.most_images
+    with contextlib.ExitStack() as stack:
+        http = stack.enter_context(make_client(timeout=1800.0))
+        show("starting plain")
+        for error in stack.enter_context(start_together({"plain": servers["plain"]})).values():
+            raise error
+        check_cache(http, servers["plain"], "plain", images, args.image_px)
+        for plain, names in _groups(servers, args.together).items():
+            show(f"starting {', '.join(names)}")
+            here = {name: servers[name] for name in names}
+            with start_together(here) as failed:
+                for name in names:
+                    show(f"warming up {name}")
+                    try:
+                        if name in failed:
+                            raise failed[name]
+                        check_cache(http, here[name], name, images, args.image_px)
+                    except (BenchError, ServerError) as error:
+                        if name not in PEERS:
+                            raise
+                        document["not_run"][name] = str(error).strip().splitlines()[-1]
+                        del here[name]
+                here[plain] = servers["plain"]
+                document["servers"] |= {
+                    name: ttft._command_line(server.command(0)) for name, server in here.items()
+                }
+                groups = [server.process_group for server in here.values()]
+                for index, (workload, dataset) in enumerate(zip(workloads, datasets, strict=True)):
+                    before, started = ttft.CpuTimes.now(groups), time.monotonic()
+                    turns = list(here)
+                    first = index % len(turns)  # nobody is always the first one
+                    for name in turns[first:] + turns[:first]:
+                        show(f"{workload.name}, {name}")
+                        found = measure(http, client, here[name], workload, dataset, args.image_px)
+                        about = {"workload": workload.name, "system": name, "plain": plain}
+                        document["runs"].append(about | found)
+                        save(document, args.output)
+                        show(f"{workload.name}, {name}", 1)
+                    used = ttft.CpuTimes.now(groups).other - before.other
+                    document["other_load"].append(used / (time.monotonic() - started))
 
 
-def _halves(servers: Iterable[str]) -> tuple[list[str], list[str]]:
+def _groups(servers: Iterable[str], size: int) -> dict[str, list[str]]:
+    """Systems that are alive at the same time, by the name of plain vLLM's turn with them."""
     others = [name for name in servers if name != "plain"]
-    middle = -(-len(others) // 2)
-    return others[:middle], others[middle:]
+    groups = [others[start : start + size] for start in range(0, len(others), size)]
+    groups += [[]] * (len(groups) == 1)  # the control
+    return {_plain(number): names for number, names in enumerate(groups)}
+
+
+def _plain(number: int) -> str:
+    return f"plain-{number + 1}" if number else "plain"
 
 
 def save(document: Mapping[str, Any], output: Path) -> None:
@@ -780,8 +798,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PERCENT",
         help="of known images",
     )
-    what.add_argument("--image-px", type=int, default=448, help="edge of the images (%(default)s)")
-    what.add_argument("--output-tokens", type=int, default=8, help="of an answer (%(default)s)")
+    what.add_argument("--image-px", type=int, default=336, help="edge of the images (%(default)s)")
+    what.add_argument("--output-tokens", type=int, default=4, help="of an answer (%(default)s)")
     what.add_argument(
         "--concurrency",
         type=int,
@@ -804,6 +822,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default="256MiB",
         metavar="BYTES",
         help="memory of vlcache-cpu and of vlcache-device, there twice (%(default)s)",
+    )
+    served.add_argument(
+        "--together",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how many servers are alive beside plain vLLM's; each takes 3 GiB (%(default)s)",
     )
     served.add_argument(
         "--kv-blocks",
@@ -837,7 +862,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
-    for name in (*SCALE_HELP, "output_tokens", "concurrency", "kv_blocks"):
+    for name in (*SCALE_HELP, "output_tokens", "concurrency", "kv_blocks", "together"):
         least = 2 if name == "images" else 1
         if getattr(args, name) < least:
             flag = name.replace("_", "-")

@@ -147,6 +147,19 @@ def _run(workload: str, system: str, texts: list[str]) -> dict[str, Any]:
     return {"workload": workload, "system": system, "texts": texts}
 
 
+def test_groups(bench: ModuleType) -> None:
+    assert bench._groups(["plain", "vlcache-disk"], 2) == {"plain": ["vlcache-disk"], "plain-2": []}
+    groups = bench._groups(bench.SYSTEMS, 2)
+    assert list(groups.values()) == [
+        ["ec", "lmcache"],
+        *([list(bench.VLCACHE[i : i + 2]) for i in (0, 2)]),
+    ]
+    runs = [
+        {"system": name, "plain": plain} for plain in groups for name in (plain, *groups[plain])
+    ]
+    assert bench._systems(reversed(runs)) == [run["system"] for run in runs]
+
+
 def test_agreement(bench: ModuleType) -> None:
     mine = _run("window", "vlcache-cpu", ["a", "b", "c", "d"])
     plain = _run("window", "plain", ["a", "b", "c", "x"])
@@ -171,7 +184,7 @@ def test_reduced_run(bench: ModuleType, tmp_path: Path) -> None:
     assert document["complete"] is True
     assert document["not_run"] == {}
     runs = {(run["workload"], run["system"]): run for run in document["runs"]}
-    systems = ("plain", "vlcache-disk", "plain-again")
+    systems = ["plain", "vlcache-disk", "plain-2"]
     assert set(runs) == {(name, s) for name in ("window", "repeat 100 %") for s in systems}
     for (workload, system), run in runs.items():
         requests = 4 if workload == "window" else 1
@@ -190,6 +203,7 @@ def test_reduced_run(bench: ModuleType, tmp_path: Path) -> None:
             assert run["computed_tokens"] == run["prompt_tokens"] - reused
             assert run["sparse_prefill_tokens"] >= reused / (64 - 8) * 8
             assert sum(run["lookups"].values()) == 3 * requests
+    assert [runs["window", system]["plain"] for system in systems] == ["plain"] * 2 + systems[2:]
     page = output.with_name("workload.md").read_text()
     assert "## Window: 4 requests, 33% of the images known" in page
     with Image.open(output.with_name("workload.png")) as picture:
