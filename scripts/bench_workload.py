@@ -22,8 +22,8 @@ get each workload one after the other, from empty caches:
   with a server of its own: `LMCacheConnectorV1` (0.5.6) logs "No supported cpu connector found" on
   a CPU, and from then on stores nothing.
 - "vlcache-device", "-cpu", "-disk", "-redis": plus VLCache. Where segments are to come from disk or
-  Redis, host memory has room for the images of the prompts under way and a few more; "reused from"
-  tells where they did come from.
+  Redis, host memory has room for little more than the images of the prompts under way; otherwise
+  for all. "Reused from" tells where they did come from.
 
 A peer that can't be started, or doesn't even serve the same prompt again, is named with the reason.
 
@@ -103,10 +103,9 @@ SCALE_HELP = {
 PERCENTILES = (50, 95, 99)
 FILLER = "The bridge is closed. "
 BETWEEN, SEEDS_APART = ", ", 1_000_000
-BLOCK = 128
-"""Tokens of a block of vLLM's KV cache: the CPU backend's default."""
 ROOM = 1.3
-"""Host memory of "vlcache-disk" and "vlcache-redis", in prompts' images."""
+"""Memory that images get, in what they need."""
+START_SECONDS = 900.0
 
 
 class BenchError(RuntimeError):
@@ -248,7 +247,11 @@ def write_dataset(workload: Workload, folder: Path, image_px: int) -> Path:
 
 
 def make_servers(
-    model: Path, args: argparse.Namespace, folder: Path, redis_url: str | None
+    model: Path,
+    args: argparse.Namespace,
+    workloads: Sequence[Workload],
+    folder: Path,
+    redis_url: str | None,
 ) -> dict[str, VLLMServer]:
     """One server for each system, alike but for its connector; none is started."""
     image_tokens = (args.image_px // CELL_PX) ** 2
@@ -259,16 +262,16 @@ def make_servers(
         *("--max-num-batched-tokens", str(2 * tokens)),
         *("--max-num-seqs", str(max(4, args.concurrency))),
         *("--limit-mm-per-prompt", json.dumps({"image": args.scale.most_images, "video": 0})),
-        *("--block-size", str(BLOCK), "--num-gpu-blocks-override", str(args.kv_blocks)),
         *("--skip-mm-profiling", "--enable-prefix-caching", "--enforce-eager"),
     ]
-    ample = {"cpu_bytes": args.cpu_bytes, "encoder_cpu_bytes": "64MiB"}
-    kv, rows = _bytes_per_token(model, 2 if args.dtype == "bfloat16" else 4)
-    room = ROOM * args.scale.most_images * args.concurrency * image_tokens
-    small = {"cpu_bytes": int(room * kv), "encoder_cpu_bytes": int(room * rows)}
-    small |= {"write_queue_bytes": "64MiB"}
+    under_way = args.scale.most_images * args.concurrency
+    in_all = max(map(_count_images, workloads))
+    kv, rows = (ROOM * image_tokens * n for n in _bytes_per_token(model, args.dtype))
+    ample = {"cpu_bytes": int(in_all * kv), "encoder_cpu_bytes": int(in_all * rows)}
+    small = {"cpu_bytes": int(under_way * kv), "encoder_cpu_bytes": int(under_way * rows)}
+    small |= {"write_queue_bytes": int(under_way * (kv + rows))}
     vlcache: dict[str, dict[str, Any]] = {
-        "vlcache-device": ample | {"device_bytes": args.cpu_bytes},
+        "vlcache-device": ample | {"device_bytes": ample["cpu_bytes"]},
         "vlcache-cpu": ample,
         "vlcache-disk": small | {"disk_path": str(folder / "disk")},
         "vlcache-redis": small | {"redis_url": redis_url},
@@ -284,9 +287,9 @@ def make_servers(
         "lmcache.mp.host": "tcp://127.0.0.1",
         "lmcache.mp.port": free_port(),
         "lmcache.mp.autostart": True,
-        "lmcache.mp.autostart.wait_timeout": args.start_timeout,
+        "lmcache.mp.autostart.wait_timeout": START_SECONDS,
         "lmcache.mp.autostart.server_args": "--l1-size-gb 1 --eviction-policy LRU "
-        f"--chunk-size {BLOCK} --supported-transfer-mode auto --http-port {free_port()}",
+        f"--chunk-size 128 --supported-transfer-mode auto --http-port {free_port()}",
     }
     transfer = {
         "kv_connector": "LMCacheMPConnector",
@@ -308,14 +311,20 @@ def make_servers(
                 "VLLM_SERVER_DEV_MODE": "1",  # endpoints that reset caches
                 "LMCACHE_DISABLE_BANNER": "1",
             },
-            timeout=args.start_timeout,
+            timeout=START_SECONDS,
         )
         for name in args.systems
     }
 
 
-def _bytes_per_token(model: Path, element: int) -> tuple[int, int]:
+def _count_images(workload: Workload) -> int:
+    prompts = workload.primed + workload.prompts
+    return len({image for prompt in prompts for image in prompt.images})
+
+
+def _bytes_per_token(model: Path, dtype: str) -> tuple[int, int]:
     """Of KV, and of a row of the encoder's output."""
+    element = 4 if dtype == "float32" else 2
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config", config)
     heads, hidden = text["num_attention_heads"], text["hidden_size"]
@@ -474,7 +483,7 @@ def make_markdown(document: Mapping[str, Any]) -> str:
         f"- Versions: {', '.join(f'{k} {v}' for k, v in document['versions'].items())}; "
         f"commit {commit[:12]}{' with changes' if changed else ''}",
         f"- Started {document['started']}, {ttft._duration(dict(document))}",
-        f"- Command: `{document['command']}`",
+        f"- Command: `{document['command']}`; client: `{document['client']}`",
         *(f"- Not run: {name}: {reason}" for name, reason in document["not_run"].items()),
         "",
         "TTFT in seconds, by the client; of few requests p99 is the slowest one. Speed-up: p50 of "
@@ -628,7 +637,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
         redis = None
         if "vlcache-redis" in args.systems:
             redis = stack.enter_context(LocalRedis(folder)).url
-        servers = make_servers(model, args, folder, redis)
+        servers = make_servers(model, args, workloads, folder, redis)
         progress = stack.enter_context(
             Progress(
                 BarColumn(),
@@ -671,6 +680,8 @@ def measure_all(
         for error in stack.enter_context(start_together({"plain": servers["plain"]})).values():
             raise error
         check_cache(http, servers["plain"], "plain", images, args.image_px)
+        arguments = client.arguments(servers["plain"], Path("WORKLOAD.jsonl"), 0)
+        document["client"] = ttft._command_line(["vllm", *arguments])
         for plain, names in _groups(servers, args.together).items():
             show(f"starting {', '.join(names)}")
             here = {name: servers[name] for name in names}
@@ -818,31 +829,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=DTYPES, default="float32", help="precision of the model (%(default)s)"
     )
     served.add_argument(
-        "--cpu-bytes",
-        default="256MiB",
-        metavar="BYTES",
-        help="memory of vlcache-cpu and of vlcache-device, there twice (%(default)s)",
-    )
-    served.add_argument(
         "--together",
         type=int,
         default=2,
         metavar="N",
         help="how many servers are alive beside plain vLLM's; each takes 3 GiB (%(default)s)",
-    )
-    served.add_argument(
-        "--kv-blocks",
-        type=int,
-        default=192,
-        help=f"size of vLLM's own KV cache, in blocks of {BLOCK} tokens (%(default)s: more than "
-        "all prompts of a workload have)",
-    )
-    served.add_argument(
-        "--start-timeout",
-        type=float,
-        default=900.0,
-        metavar="SECONDS",
-        help="how long the servers may take until they are ready (%(default)g)",
     )
     served.add_argument(
         "--cache-dir",
@@ -862,7 +853,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
-    for name in (*SCALE_HELP, "output_tokens", "concurrency", "kv_blocks", "together"):
+    for name in (*SCALE_HELP, "output_tokens", "concurrency", "together"):
         least = 2 if name == "images" else 1
         if getattr(args, name) < least:
             flag = name.replace("_", "-")
