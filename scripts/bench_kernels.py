@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from bench_ttft import with_suffix, write_text
+from results import with_suffix, write_text
 
 from vlcache_connector.kernels.paged import PagedKV, turns_of
 from vlcache_connector.rope import RotarySpec, delta_angles

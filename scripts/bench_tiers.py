@@ -44,10 +44,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
 
-import bench_ttft as ttft
-from bench_ttft import Spread, with_suffix, write_text
+import results
+from bench_ttft import BEHIND, IN_FRONT, TEXT_TOKENS
 from local_redis import LocalRedis, RedisError, find_server
 from make_tiny_model import DTYPES, MAX_PIXELS, SIZES, make_tiny_model
+from results import Spread, with_suffix, write_text
 from rich.console import Console
 from serving import CELL_PX, ROOT, SERVER_ENV, make_image
 
@@ -206,7 +207,7 @@ def measure_bandwidth(
     plain: list[Any] = [DiskTier(folder, "bench", 100 << 30, None)]
     plain += [] if redis_url is None else [RedisTier(redis_url, "bench", None)]
     tiers = [GuardedTier(t, CircuitBreaker(t.name, slow_seconds=PATIENCE)) for t in plain]
-    results = []
+    measured = []
     for size in mebibytes:
         tokens = max(1, (size << 20) // (LAYERS * 2 * KV_HEADS * HEAD_DIM * 2))
         num_bytes, steps = _steps(store, device, tiers, folder, tokens)
@@ -218,7 +219,7 @@ def measure_bandwidth(
                     raise BenchError(f"{name}: {size} MiB failed")
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
         # The first run finds memory that was never touched; steps without a name are no results.
-        results += [
+        measured += [
             {"what": name, "num_bytes": num_bytes, "seconds": times[1:]}
             for name, times in seconds.items()
             if name
@@ -226,7 +227,7 @@ def measure_bandwidth(
     for tier in tiers:
         tier.close()
     store.close()
-    return results
+    return measured
 
 
 def _steps(
@@ -311,7 +312,7 @@ class Engine:
             VLLM_CPU_KVCACHE_SPACE="1",
             VLLM_LOGGING_LEVEL="ERROR",
             TORCHDYNAMO_DISABLE="1",
-            VLLM_CPU_OMP_THREADS_BIND=ttft._cores(),
+            VLLM_CPU_OMP_THREADS_BIND=results.cores(),
         )
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
@@ -364,7 +365,7 @@ class Engine:
         self._transfers._tiers = [self._tiers[source] for source in sources]
         self._storage._device = self._device if on_device else None
         self._force, self._seen = force, {}
-        text = f"Request {number:06}. {ttft.IN_FRONT}{IMAGE}{ttft.BEHIND}"
+        text = f"Request {number:06}. {IN_FRONT}{IMAGE}{BEHIND}"
         options = FULL_RECOMPUTE if plain else {}
         outcome = self._runner.run_alone(Request(text, (make_image(*image),), options=options))
         if not self._transfers.flush(PATIENCE):
@@ -484,9 +485,9 @@ class Bench:
         while len(rounds) < ATTEMPTS and (
             not rounds or rounds[-1][0].other_load > self._max_other_load
         ):
-            before, started = ttft.CpuTimes.now(self._groups).other, time.monotonic()
+            before, started = results.CpuTimes.now(self._groups).other, time.monotonic()
             answers = measure(number)
-            used = ttft.CpuTimes.now(self._groups).other - before
+            used = results.CpuTimes.now(self._groups).other - before
             load = round(max(0.0, used / (time.monotonic() - started)), 3)
             rounds.append([Sample(pair=number, other_load=load, **answer) for answer in answers])
         self._keep(min(rounds, key=lambda samples: samples[0].other_load))
@@ -688,7 +689,7 @@ def make_markdown(document: dict[str, Any]) -> str:
         f"- Machine: {machine['cpu']}, {machine['cores']} cores",
         f"- Versions: {', '.join(f'{k} {v}' for k, v in document['versions'].items())}; "
         f"commit {commit[:12]}{' with changes' if changed else ''}",
-        f"- Started {document['started']}, {ttft._duration(document)}",
+        f"- Started {document['started']}, {results.duration(document)}",
         f"- Command: `{document['command']}`",
         *(f"- {note}" for note in document["notes"]),
     ]
@@ -709,19 +710,19 @@ def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["", *lines, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def _bandwidth_section(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def _bandwidth_section(measured: Sequence[Mapping[str, Any]]) -> list[str]:
     rows: dict[str, list[str]] = {}
-    for result in sorted(results, key=lambda result: (result["what"], result["num_bytes"])):
+    for result in sorted(measured, key=lambda result: (result["what"], result["num_bytes"])):
         speed = Spread.of([result["num_bytes"] / s / 1e6 for s in result["seconds"]])
         latency = 1e3 * statistics.median(result["seconds"])
-        entry = f"{ttft._with_range(speed, '.0f')}; {latency:.1f} ms"
+        entry = f"{results.with_range(speed, '.0f')}; {latency:.1f} ms"
         rows.setdefault(result["what"], []).append(entry)
-    sizes = sorted({result["num_bytes"] for result in results})
+    sizes = sorted({result["num_bytes"] for result in measured})
     return [
         "",
         "## Bandwidth",
         "",
-        f"MB/s, median (and range) of {len(results[0]['seconds'])} runs, and milliseconds; KV of "
+        f"MB/s, median (and range) of {len(measured[0]['seconds'])} runs, and milliseconds; KV of "
         "Qwen2.5-VL-7B in bfloat16. A put into host memory includes the checksum, a get a copy of "
         'every layer. "Check" (the checksum, in a thread of its own) and "admit" (a copy, in the '
         "engine's step) follow each get from disk or Redis.",
@@ -735,7 +736,7 @@ def _bandwidth_section(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def _tiers_section(cells: Sequence[TierCell]) -> list[str]:
     rows = []
     for c in cells:
-        spreads = (ttft._with_range(spread, ".3f") for spread in (c.ttft, c.ratio))
+        spreads = (results.with_range(spread, ".3f") for spread in (c.ttft, c.ratio))
         rows.append([f"{c.image_px} px", str(c.image_tokens), c.how, str(c.rounds), *spreads])
     return [
         "",
@@ -757,7 +758,7 @@ def _gate_section(cells: Sequence[GateCell], facts: Mapping[str, float]) -> list
             [
                 *(c.source, f"{c.image_px} px"),
                 *("-" if number is None else f"{number:.3f}" for number in seconds),
-                *(ttft._with_range(c.ratio, ".2f"), decision, verdict),
+                *(results.with_range(c.ratio, ".2f"), decision, verdict),
             ]
         )
     heading = ["From", "Image", "Load, estimated", "Read", "Load", "Compute, estimated", "Compute"]
@@ -839,7 +840,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     machine, settings = document["machine"], document["settings"]
     about = (settings["model"], settings["dtype"], f"{machine['cores']} cores of {machine['cpu']}")
     figure.suptitle(", ".join(about), fontsize=11)
-    with ttft._replacing(path) as work:
+    with results.replacing(path) as work:
         figure.savefig(work, dpi=150, format="png")
     plt.close(figure)
 
@@ -867,14 +868,11 @@ def run(console: Console, args: argparse.Namespace) -> None:
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "complete": False,
-        "started": ttft._now(),
-        "command": ttft._command_line(["python", str(Path(__file__).resolve()), *args.argv]),
-        "git": {
-            "commit": ttft._git("rev-parse", "HEAD"),
-            "changed": bool(ttft._git("status", "--porcelain", "vlcache_connector", "scripts")),
-        },
-        "versions": ttft._versions(),
-        "machine": ttft._machine(),
+        "started": results.timestamp(),
+        "command": results.command_line(["python", str(Path(__file__).resolve()), *args.argv]),
+        "git": results.git_state(),
+        "versions": results.versions(),
+        "machine": results.machine(),
         "settings": {"model": model_name, "dtype": args.dtype, "connector": NODE},
         "notes": [] if with_redis else ["Redis was left out: no redis-server, or --no-redis"],
         "bandwidth": [],
@@ -897,7 +895,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
             save()
         if {"tiers", "gate"} & set(args.parts):
             measure_nodes(document, args, model, folder, redis, show, save)
-    document |= {"complete": True, "finished": ttft._now()}
+    document |= {"complete": True, "finished": results.timestamp()}
     save()
     report(console, document, args.output)
 
@@ -919,7 +917,7 @@ def measure_nodes(
     sizes = {"tiers": args.sizes, "gate": args.gate_sizes}
     rounds = {part: count if part in args.parts else 0 for part, count in rounds.items()}
     stored = sorted({px for part, count in rounds.items() if count for px in sizes[part]})
-    longest = -(-max(4096, (stored[-1] // CELL_PX) ** 2 + ttft.TEXT_TOKENS) // 1024) * 1024
+    longest = -(-max(4096, (stored[-1] // CELL_PX) ** 2 + TEXT_TOKENS) // 1024) * 1024
     arguments = {"dtype": args.dtype, "max_model_len": longest, "max_num_batched_tokens": longest}
     with Node(str(model), connector, {}, **arguments) as node:
         for px in stored:
@@ -965,7 +963,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.plot_only:
             report(console, read_document(with_suffix(args.output, ".json")), args.output)
         else:
-            signal.signal(signal.SIGTERM, ttft._end)
+            signal.signal(signal.SIGTERM, results.end_by_signal)
             run(console, args)
     except KeyboardInterrupt:
         print("interrupted; --plot-only draws what was measured", file=sys.stderr)

@@ -33,27 +33,35 @@ import argparse
 import contextlib
 import json
 import math
-import os
-import platform
 import random
 import re
-import shlex
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 from make_tiny_model import ARCHS, DTYPES, MAX_PIXELS, SIZES, make_tiny_model
+from results import (
+    CpuTimes,
+    Spread,
+    command_line,
+    cores,
+    duration,
+    end_by_signal,
+    git_state,
+    machine,
+    replacing,
+    timestamp,
+    versions,
+    with_range,
+    with_suffix,
+    write_text,
+)
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -73,7 +81,6 @@ from serving import (
 
 SCHEMA = 1
 DEFAULT_OUTPUT = ROOT / "configs" / "results" / "ttft_cpu"
-PACKAGES = ("vllm", "torch", "transformers", "lmcache", "vlcache-connector")
 
 # What the project asks for: the speed-up of a warm request, and how much longer others may take.
 AIM_WARM = (1120, 2, 0.05, 10.0)
@@ -244,33 +251,12 @@ class Record:
     def finish(self) -> None:
         """Note that nothing is missing."""
         self.document["complete"] = True
-        self.document["finished"] = _now()
+        self.document["finished"] = timestamp()
         self.save()
 
     def save(self) -> None:
         """Replace the file at once: it is never seen half-written."""
         write_text(self._path, json.dumps(self.document, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside `path`, then move it there."""
-    with _replacing(path) as work:
-        work.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; it replaces `path` when the block is left without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    work = Path(name)
-    try:
-        yield work
-        work.chmod(0o644)
-        work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -292,77 +278,6 @@ def samples_of(document: dict[str, Any]) -> list[Sample]:
     """The measurements of a document that count."""
     samples = [Sample(**entry) for entry in document["samples"]]
     return [sample for sample in samples if not sample.disturbed]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
-
-
-def _machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0))}
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(ROOT), *arguments]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return done.stdout.strip()
-    return None
-
-
-def _command_line(command: Sequence[str]) -> str:
-    """`command` for readers: paths within the repository are relative to it."""
-    return shlex.join(command).replace(f"{ROOT}/", "")
-
-
-# -- CPU time -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CpuTimes:
-    """Seconds of CPU time that were used so far.
-
-    Attributes:
-        groups: by process groups.
-        other: by everything else but this process.
-    """
-
-    groups: tuple[float, ...]
-    other: float
-
-    @classmethod
-    def now(cls, groups: Sequence[int]) -> CpuTimes:
-        """Read the times of `groups` and of the whole machine."""
-        tick = os.sysconf("SC_CLK_TCK")
-        used = dict.fromkeys(groups, 0)
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            # A process may end at any time.
-            with contextlib.suppress(OSError):
-                entry = stat.read_text().rpartition(")")[2].split()
-                group = int(entry[2])
-                if group in used:
-                    used[group] += int(entry[11]) + int(entry[12])
-        user, nice, system, _, _, irq, softirq, steal = (
-            int(ticks) for ticks in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
-        )
-        busy = user + nice + system + irq + softirq + steal
-        own = sum(used.values()) / tick + time.process_time()
-        return cls(tuple(used[group] / tick for group in groups), busy / tick - own)
 
 
 # -- measuring ----------------------------------------------------------------------------------
@@ -613,20 +528,6 @@ def _params(ratio: float) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median and range of some numbers."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, numbers: Sequence[float]) -> Spread:
-        """Of `numbers`, of which there is at least one."""
-        return cls(statistics.median(numbers), min(numbers), max(numbers))
-
-
-@dataclass(frozen=True)
 class Cell:
     """All measurements of one kind of request at one recompute ratio, against plain vLLM.
 
@@ -733,7 +634,7 @@ def make_markdown(document: dict[str, Any]) -> str:
         f"- Machine: {machine['cpu']}, {machine['cores']} cores",
         f"- Versions: {', '.join(f'{k} {v}' for k, v in document['versions'].items())}; "
         f"commit {commit[:12]}{changed}",
-        f"- Started {document['started']}, {_duration(document)}",
+        f"- Started {document['started']}, {duration(document)}",
         f"- Command: `{document['command']}`",
         f"- CPU time used during the measurements, in cores: {_cpu_summary(samples)}",
         "",
@@ -768,7 +669,7 @@ def make_markdown(document: dict[str, Any]) -> str:
         *(
             f"| {f'one new image of {c.image_px} px' if c.images else 'text only'} "
             f"| {c.prompt_tokens} | {c.plain.median:.3f} | {c.vlcache.median:.3f} "
-            f"| {_with_range(c.overhead, '.3f')} |"
+            f"| {with_range(c.overhead, '.3f')} |"
             for c in cells
             if c.kind in ("cold", "text")
         ),
@@ -803,23 +704,12 @@ def _warm_table(cells: Sequence[Cell], repeats: dict[tuple[int, int], Spread]) -
         for ratio in ratios:
             found = by_ratio.get(ratio)
             entries += (
-                [f"{found.vlcache.median:.3f}", _with_range(found.speed_up, ".1f")]
+                [f"{found.vlcache.median:.3f}", with_range(found.speed_up, ".1f")]
                 if found
                 else ["-", "-"]
             )
         lines.append(f"| {' | '.join(entries)} |")
     return lines
-
-
-def _with_range(spread: Spread, form: str) -> str:
-    return f"{spread.median:{form}} ({spread.low:{form}}-{spread.high:{form}})"
-
-
-def _duration(document: dict[str, Any]) -> str:
-    if not document["complete"]:
-        return "**interrupted: not all measurements are there**"
-    started, finished = (datetime.fromisoformat(document[key]) for key in ("started", "finished"))
-    return f"{(finished - started).total_seconds() / 60:.0f} minutes"
 
 
 def _cpu_summary(samples: Sequence[Sample]) -> str:
@@ -909,7 +799,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
         f"{settings['model']}, {settings['dtype']}, {machine['cores']} cores of {machine['cpu']}",
         fontsize=11,
     )
-    with _replacing(path) as work:
+    with replacing(path) as work:
         figure.savefig(work, dpi=150, format="png")
     plt.close(figure)
 
@@ -920,11 +810,6 @@ def write_reports(document: dict[str, Any], output: Path) -> list[Path]:
     write_text(page, make_markdown(document))
     plot(document, picture)
     return [page, picture]
-
-
-def with_suffix(output: Path, suffix: str) -> Path:
-    """The result file of this kind."""
-    return output.with_name(output.name + suffix)
 
 
 # -- the command --------------------------------------------------------------------------------
@@ -955,7 +840,7 @@ def make_servers(model: Path, matrix: Matrix, args: argparse.Namespace) -> dict[
             connector=connector,
             extra_args=server_args,
             log_path=args.cache_dir / "logs" / f"bench-{name}.log",
-            env={"VLLM_CPU_OMP_THREADS_BIND": _cores()},
+            env={"VLLM_CPU_OMP_THREADS_BIND": cores()},
             timeout=args.start_timeout,
         )
         for name, connector in connectors.items()
@@ -977,19 +862,16 @@ def run(console: Console, args: argparse.Namespace) -> None:
     record = Record(
         with_suffix(args.output, ".json"),
         {
-            "started": _now(),
-            "command": _command_line(["python", str(Path(__file__).resolve()), *args.argv]),
+            "started": timestamp(),
+            "command": command_line(["python", str(Path(__file__).resolve()), *args.argv]),
             "servers": {
-                name: f"VLLM_CPU_OMP_THREADS_BIND={_cores()} "
-                + _command_line(server.command(0)).replace("--port 0", "--port PORT")
+                name: f"VLLM_CPU_OMP_THREADS_BIND={cores()} "
+                + command_line(server.command(0)).replace("--port 0", "--port PORT")
                 for name, server in servers.items()
             },
-            "git": {
-                "commit": _git("rev-parse", "HEAD"),
-                "changed": bool(_git("status", "--porcelain", "vlcache_connector", "scripts")),
-            },
-            "versions": _versions(),
-            "machine": _machine(),
+            "git": git_state(),
+            "versions": versions(),
+            "machine": machine(),
             "settings": {"model": model_name, "dtype": args.dtype, **asdict(matrix)},
         },
     )
@@ -1061,7 +943,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report(console, read_record(with_suffix(args.output, ".json")), args.output)
         else:
             for number in (signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, _end)
+                signal.signal(number, end_by_signal)
             run(console, args)
     except KeyboardInterrupt:
         print(
@@ -1074,14 +956,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
-
-
-def _cores() -> str:
-    return ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -61,11 +61,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import bench_ttft as ttft
 import httpx
-from bench_ttft import with_suffix, write_text
+import results
+from bench_ttft import BEHIND, IN_FRONT, TEXT_TOKENS
 from local_redis import LocalRedis, RedisError, find_server, free_port
 from make_tiny_model import DTYPES, SIZES, make_tiny_model
+from results import with_suffix, write_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from serving import (
@@ -220,11 +221,11 @@ def _repeats(rate: int, scale: Scale, first: int) -> Workload:
 
 def content(prompt: Prompt, number: int, show: Callable[[int], Part]) -> list[Part]:
     """A prompt as content of a chat; `show` makes that of an image."""
-    front = f"Request {number:06}. {FILLER * prompt.fillers}{ttft.IN_FRONT}"
+    front = f"Request {number:06}. {FILLER * prompt.fillers}{IN_FRONT}"
     parts = [text_part(front)]
     for slot, image in enumerate(prompt.images):
         parts += [text_part(BETWEEN)] * (slot > 0) + [show(image)]
-    return [*parts, text_part(ttft.BEHIND)]
+    return [*parts, text_part(BEHIND)]
 
 
 def write_dataset(workload: Workload, folder: Path, image_px: int) -> Path:
@@ -255,7 +256,7 @@ def make_servers(
 ) -> dict[str, VLLMServer]:
     """One server for each system, alike but for its connector; none is started."""
     image_tokens = (args.image_px // CELL_PX) ** 2
-    tokens = args.scale.most_images * image_tokens + ttft.TEXT_TOKENS
+    tokens = args.scale.most_images * image_tokens + TEXT_TOKENS
     tokens = -(-max(tokens, 2048) // 1024) * 1024
     shared = [
         *("--dtype", args.dtype, "--max-model-len", str(tokens)),
@@ -307,7 +308,7 @@ def make_servers(
             extra_args=[*shared, *extra.get(name, [])],
             log_path=args.cache_dir / "logs" / f"workload-{name}.log",
             env={
-                "VLLM_CPU_OMP_THREADS_BIND": ttft._cores(),
+                "VLLM_CPU_OMP_THREADS_BIND": results.cores(),
                 "VLLM_SERVER_DEV_MODE": "1",  # endpoints that reset caches
                 "LMCACHE_DISABLE_BANNER": "1",
             },
@@ -482,7 +483,7 @@ def make_markdown(document: Mapping[str, Any]) -> str:
         f"the client kept {_mean(document['other_load']):.1f} of them busy",
         f"- Versions: {', '.join(f'{k} {v}' for k, v in document['versions'].items())}; "
         f"commit {commit[:12]}{' with changes' if changed else ''}",
-        f"- Started {document['started']}, {ttft._duration(dict(document))}",
+        f"- Started {document['started']}, {results.duration(document)}",
         f"- Command: `{document['command']}`; client: `{document['client']}`",
         *(f"- Not run: {name}: {reason}" for name, reason in document["not_run"].items()),
         "",
@@ -584,7 +585,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
         f"{settings['model']}, {machine['cores']} cores of {machine['cpu']}",
         fontsize=11,
     )
-    with ttft._replacing(path) as work:
+    with results.replacing(path) as work:
         figure.savefig(work, dpi=130, format="png")
     plt.close(figure)
 
@@ -603,14 +604,11 @@ def run(console: Console, args: argparse.Namespace) -> None:
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "complete": False,
-        "started": ttft._now(),
-        "command": ttft._command_line(["python", str(Path(__file__).resolve()), *args.argv]),
-        "git": {
-            "commit": ttft._git("rev-parse", "HEAD"),
-            "changed": bool(ttft._git("status", "--porcelain", "vlcache_connector", "scripts")),
-        },
-        "versions": ttft._versions(),
-        "machine": ttft._machine(),
+        "started": results.timestamp(),
+        "command": results.command_line(["python", str(Path(__file__).resolve()), *args.argv]),
+        "git": results.git_state(),
+        "versions": results.versions(),
+        "machine": results.machine(),
         "settings": {
             "model": model_name,
             "dtype": args.dtype,
@@ -655,7 +653,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
             progress.update(task, description=what, advance=done)
 
         measure_all(document, args, model, workloads, servers, folder, show)
-    document |= {"complete": True, "finished": ttft._now()}
+    document |= {"complete": True, "finished": results.timestamp()}
     save(document, args.output)
     report(console, document, args.output)
 
@@ -681,7 +679,7 @@ def measure_all(
             raise error
         check_cache(http, servers["plain"], "plain", images, args.image_px)
         arguments = client.arguments(servers["plain"], Path("WORKLOAD.jsonl"), 0)
-        document["client"] = ttft._command_line(["vllm", *arguments])
+        document["client"] = results.command_line(["vllm", *arguments])
         for plain, names in _groups(servers, args.together).items():
             show(f"starting {', '.join(names)}")
             here = {name: servers[name] for name in names}
@@ -699,11 +697,11 @@ def measure_all(
                         del here[name]
                 here[plain] = servers["plain"]
                 document["servers"] |= {
-                    name: ttft._command_line(server.command(0)) for name, server in here.items()
+                    name: results.command_line(server.command(0)) for name, server in here.items()
                 }
                 groups = [server.process_group for server in here.values()]
                 for index, (workload, dataset) in enumerate(zip(workloads, datasets, strict=True)):
-                    before, started = ttft.CpuTimes.now(groups), time.monotonic()
+                    before, started = results.CpuTimes.now(groups), time.monotonic()
                     turns = list(here)
                     first = index % len(turns)  # nobody is always the first one
                     for name in turns[first:] + turns[:first]:
@@ -713,7 +711,7 @@ def measure_all(
                         document["runs"].append(about | found)
                         save(document, args.output)
                         show(f"{workload.name}, {name}", 1)
-                    used = ttft.CpuTimes.now(groups).other - before.other
+                    used = results.CpuTimes.now(groups).other - before.other
                     document["other_load"].append(used / (time.monotonic() - started))
 
 
@@ -753,7 +751,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report(console, read_document(with_suffix(args.output, ".json")), args.output)
         else:
             for number in (signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, ttft._end)
+                signal.signal(number, results.end_by_signal)
             args.cache_dir.mkdir(parents=True, exist_ok=True)
             run(console, args)
     except KeyboardInterrupt:

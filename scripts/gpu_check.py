@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import gpu_exact  # noqa: E402
 import gpu_speed  # noqa: E402
-from bench_ttft import _git, _machine, _now, _versions, with_suffix, write_text  # noqa: E402
+from results import git_state, machine, timestamp, versions, with_suffix, write_text  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -228,10 +228,10 @@ def about(device: str, arguments: Sequence[str]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "device": device,
-        "machine": _machine(),
-        "versions": _versions(),
-        "commit": _git("rev-parse", "HEAD"),
-        "started": _now(),
+        "machine": machine(),
+        "versions": versions(),
+        "git": git_state(),
+        "started": timestamp(),
         "command": " ".join(["scripts/gpu_check.py", *arguments]),
     }
 
@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     record = about(device, argv)
     outcomes, lines = (run_exact if args.mode == "exact" else run_speed)(args, console)
-    record |= {"finished": _now(), "cells": [asdict(outcome) for outcome in outcomes]}
+    record |= {"finished": timestamp(), "cells": [asdict(outcome) for outcome in outcomes]}
     output = args.output
     if output is None and args.device == "gpu":
         slug = re.sub(r"\W+", "_", device).strip("_").lower()

@@ -205,15 +205,6 @@ def test_bad_files_are_named(
         assert message in capsys.readouterr().err
 
 
-def test_files_are_replaced_at_once(bench: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
-    bench.write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        bench.write_text(path, "\ud800")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
