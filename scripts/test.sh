@@ -11,14 +11,11 @@ export HF_HUB_OFFLINE=1
 export VLLM_NO_USAGE_STATS=1
 export DO_NOT_TRACK=1
 export LMCACHE_TRACK_USAGE=false
-# Two files of tests at a time: starting engines, which most of the time goes to, takes one core.
-export OMP_NUM_THREADS=1
-export VLLM_CPU_OMP_THREADS_BIND=nobind
 # Without a GPU, Triton kernels run in Triton's interpreter.
 if [ "$device" = cpu ]; then export TRITON_INTERPRET=1; fi
 
 status=0
 .venv/bin/ruff check || status=$?
 .venv/bin/ruff format --check || status=$?
-.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+.venv/bin/python -m pytest "$@" || status=$?
 exit "$status"
