@@ -186,9 +186,9 @@ def measure_bandwidth(
     import torch
 
     from vlcache_connector.store import LMCacheSegmentStore
+    from vlcache_connector.streams import Leaving
     from vlcache_connector.tiers import CircuitBreaker, DiskTier, GuardedTier, RedisTier
     from vlcache_connector.worker.device import DeviceSegments
-    from vlcache_connector.worker.streams import Leaving
 
     store = LMCacheSegmentStore(
         model_name="bench",

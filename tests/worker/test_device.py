@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from vlcache_connector.store import Segment, SegmentInfo
+from vlcache_connector.streams import Leaving
 from vlcache_connector.worker import device as tier
 from vlcache_connector.worker.device import DeviceSegments
-from vlcache_connector.worker.streams import Leaving
 
 CPU = torch.device("cpu")
 LAYERS, TOKENS = 3, 4

@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import select_common_block_size
 
 from ..protocol import Span
-from ..worker.streams import upload
+from ..streams import upload
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -30,7 +30,7 @@ from vlcache_connector.store.objects import as_buffers, complete, decode_objects
 if TYPE_CHECKING:
     from lmcache.v1.memory_management import MemoryObj
 
-    from vlcache_connector.worker.streams import Pair, Side
+    from vlcache_connector.streams import Pair, Side
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..streams import upload
 from ..support import KVShape
-from .streams import upload
 
 
 @dataclass

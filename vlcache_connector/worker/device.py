@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from ..store import Segment, SegmentInfo
-from .streams import Leaving, Mark, Side
+from ..streams import Leaving, Mark, Side
 
 logger = init_logger(__name__)
 

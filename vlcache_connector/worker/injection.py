@@ -13,7 +13,7 @@ import torch
 from ..attention.hook import write_kv
 from ..kernels.paged import turns_of
 from ..rope import RotarySpec, delta_angles, rotate
-from .streams import LayerSource, Staged, upload
+from ..streams import LayerSource, Staged, upload
 
 Rows = slice | torch.Tensor
 """Offsets within a segment: a contiguous stretch, or int64 [n]."""

@@ -11,13 +11,13 @@ from vllm.logger import init_logger
 from ..attention.metadata import slots_of
 from ..protocol import Item, ReusePlan, Span, StepReport
 from ..store import Segment
+from ..streams import Ring, Staged, StagedSegment, upload
 from ..support import KVShape
 from .injection import Injection, PlacedSegment, ReusedRows, Rows, WriteRows, rotation
 from .model import SparsePrefillModel
 from .ranks import all_ranks_have
 from .sparse_prefill import PrefillJob, RequestInputs
 from .storage import Storage
-from .streams import Ring, Staged, StagedSegment, upload
 
 logger = init_logger(__name__)
 

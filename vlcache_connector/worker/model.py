@@ -20,9 +20,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from ..rope import RotarySpec
+from ..streams import upload
 from ..support import UnsupportedError, model_dtype
 from .rotary import UnsupportedRotaryError, rotary_spec
-from .streams import upload
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

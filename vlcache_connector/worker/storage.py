@@ -17,13 +17,13 @@ from vllm.platforms import current_platform
 
 from ..protocol import Fetched, FetchPlan, TierState
 from ..store import Kind, LMCacheSegmentStore, Segment, SegmentStore
+from ..streams import Leaving, Side, make_side
 from ..support import config_of, engine_id, kv_shape, model_fingerprint
 from ..tiers import open_tiers
 from .device import DeviceSegments
 from .memory import check_memory, host_memory
 from .pace import Pace
 from .ranks import own_rank
-from .streams import Leaving, Side, make_side
 from .transfers import Admission, Transfers
 
 if TYPE_CHECKING:

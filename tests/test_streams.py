@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from unordered_device import Device
 
+from vlcache_connector import streams
 from vlcache_connector.rope import RotarySpec
 from vlcache_connector.store import LMCacheSegmentStore, Segment, SegmentInfo
+from vlcache_connector.streams import Leaving, Ring, StagedSegment, upload
 from vlcache_connector.support import KVShape
-from vlcache_connector.worker import loader, streams
+from vlcache_connector.worker import loader
 from vlcache_connector.worker.device import DeviceSegments
 from vlcache_connector.worker.injection import PlacedSegment, write_by_vllm
 from vlcache_connector.worker.loader import LoadedPlan, Loader
 from vlcache_connector.worker.storage import Storage
-from vlcache_connector.worker.streams import Leaving, Ring, StagedSegment, upload
 from vlcache_connector.worker.transfers import Admission
 
 CPU = torch.device("cpu")

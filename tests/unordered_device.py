@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from vlcache_connector.worker.streams import Mark, Pair
+from vlcache_connector.streams import Mark, Pair
 
 
 class Event:
@@ -85,7 +85,7 @@ class Device:
     def _wait(self, stream: deque[Callable[[], bool]], mark: Mark) -> None:
         self._queue(stream, lambda: self._is_deaf or mark.query())
 
-    # -- `vlcache_connector.worker.streams.Side` ---------------------------------------------
+    # -- `vlcache_connector.streams.Side` ---------------------------------------------
 
     def mark(self) -> Event:
         return self._record(self.main)
