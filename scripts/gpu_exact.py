@@ -12,19 +12,16 @@ right from wrong by that measure is called blunt, not passed.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import engine as engines
 import numpy as np
-from engine import IMAGE, Answer, Ask, Engine
+from engine import IMAGE, Answer, Ask, Engine, engines_together
 from make_tiny_model import make_tiny_model
 from PIL import Image
 
@@ -148,26 +145,6 @@ def dtype_of(cell: Cell) -> str:
 
     supported = AttentionBackendEnum[cell.backend].get_class().supported_dtypes
     return "float32" if torch.float32 in supported else "bfloat16"
-
-
-@contextlib.contextmanager
-def both_engines(model: Path, cell: Cell, dtype: str) -> Iterator[tuple[Engine, Engine]]:
-    """Plain vLLM and vLLM with VLCache."""
-    arguments = engine_arguments(cell, dtype)
-    encoder_half = {
-        "ec_transfer_config": {"ec_connector": "VLCacheEncoderConnector", "ec_role": "ec_both"}
-    }
-    engines._context()  # not from two threads
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        starting = [
-            pool.submit(Engine, model, None, **arguments),
-            pool.submit(Engine, model, {}, **arguments, **encoder_half),
-        ]
-        for future in starting:
-            if future.exception() is None:
-                stack.callback(future.result().close)
-        plain, cached = (future.result() for future in starting)
-        yield plain, cached
 
 
 def forget_prefixes(llm: Any) -> None:
@@ -354,6 +331,7 @@ def run_cell(cell: Cell, models: Path, emit: Emit) -> None:
     dtype = dtype_of(cell)
     model = make_tiny_model(models / f"{cell.arch}-tiny-{dtype}", arch=cell.arch, dtype=dtype)
     start = time.monotonic()
-    with both_engines(model, cell, dtype) as (plain, cached):
-        for check in _Cell(plain, cached, model, dtype).checks():
+    connectors: dict[str, dict[str, Any] | None] = {"plain": None, "cached": {}}
+    with engines_together(model, connectors, **engine_arguments(cell, dtype)) as running:
+        for check in _Cell(running["plain"], running["cached"], model, dtype).checks():
             emit(asdict(check) | {"dtype": dtype, "seconds": time.monotonic() - start})

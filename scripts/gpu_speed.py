@@ -19,13 +19,11 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import engine as engines
-from engine import IMAGE, Ask, Engine, request_of
+from engine import IMAGE, Ask, Engine, engines_together, request_of
 from make_tiny_model import STAMP_NAME, make_tiny_model, write_json
 
 SYSTEMS = ("plain", "cpu", "device")
@@ -45,6 +43,7 @@ _QWEN2_5_VISION = {
     "fullatt_block_indexes": [7, 15, 23, 31],
     "tokens_per_second": 2,
 }
+_QWEN2_5_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,7 @@ SHAPES = {
             "num_attention_heads": 28,
             "num_key_value_heads": 4,
             "vocab_size": 152064,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [16, 24, 24],
-            },
+            "rope_parameters": _QWEN2_5_ROPE,
         },
         vision=_QWEN2_5_VISION | {"out_hidden_size": 3584},
     ),
@@ -98,11 +93,7 @@ SHAPES = {
             "num_attention_heads": 16,
             "num_key_value_heads": 2,
             "vocab_size": 151936,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [16, 24, 24],
-            },
+            "rope_parameters": _QWEN2_5_ROPE,
         },
         vision=_QWEN2_5_VISION | {"out_hidden_size": 2048},
         is_tied=True,
@@ -236,7 +227,7 @@ def facts(llm: Any) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     from vlcache_connector.support import kv_shape
-    from vlcache_connector.worker.model import loaded_model
+    from vlcache_connector.worker.loaded import loaded_model
 
     config = llm.llm_engine.vllm_config
     language_model: Any = loaded_model(config).get_language_model()
@@ -370,28 +361,13 @@ def run_model(
     """
     shape = SHAPES[name]
     model = make_shape(shape, models, models / f"{name}-shape")
+    connectors = {system: connector_of(system, device) for system in SYSTEMS}
     arguments = engine_arguments(shape, device, backend)
-    encoder_half = {
-        "ec_transfer_config": {"ec_connector": "VLCacheEncoderConnector", "ec_role": "ec_both"}
-    }
-    engines._context()  # not from several threads
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(SYSTEMS)) as pool:
-        starting = {
-            system: pool.submit(
-                Engine,
-                model,
-                connector_of(system, device),
-                **arguments,
-                **({} if system == "plain" else encoder_half),
-            )
-            for system in SYSTEMS
-        }
-        for future in starting.values():
-            if future.exception() is None:
-                stack.callback(future.result().close)
-        running = {system: future.result() for system, future in starting.items()}
-        with contextlib.suppress(OutOfTimeError):
-            _Workload(running, shape, emit, ends - MARGIN_SECONDS).run()
+    with (
+        engines_together(model, connectors, **arguments) as running,
+        contextlib.suppress(OutOfTimeError),
+    ):
+        _Workload(running, shape, emit, ends - MARGIN_SECONDS).run()
 
 
 # -- what it comes to ---------------------------------------------------------------------------

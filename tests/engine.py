@@ -7,12 +7,14 @@ send functions there to look inside.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.context
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -184,6 +186,36 @@ class Engine:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+@contextlib.contextmanager
+def engines_together(
+    model: Path, connectors: Mapping[str, dict[str, Any] | None], **arguments: Any
+) -> Iterator[dict[str, Engine]]:
+    """Engines by name, started at the same time and alive inside the block.
+
+    Args:
+        connectors: of each, see `Engine`. The encoder half has a flag of its own, as model runner
+            V2 needs it.
+        arguments: of all of them.
+    """
+    ec_transfer_config = {"ec_connector": "VLCacheEncoderConnector", "ec_role": "ec_both"}
+    _context()  # not from several threads
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(connectors)) as pool:
+        starting = {
+            name: pool.submit(
+                Engine,
+                model,
+                connector,
+                **arguments,
+                **({} if connector is None else {"ec_transfer_config": ec_transfer_config}),
+            )
+            for name, connector in connectors.items()
+        }
+        for future in starting.values():
+            if future.exception() is None:
+                stack.callback(future.result().close)
+        yield {name: future.result() for name, future in starting.items()}
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import gpu_exact as exact
 import gpu_speed as speed
 import numpy as np
 import pytest
-from engine import Answer
+from engine import IMAGE, Answer, Ask, Engine
 
 SCRIPT = Path(check.__file__)
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
@@ -225,6 +226,18 @@ def test_rows_are_ratios_within_turns() -> None:
 
 def test_nothing_measured_is_said_so() -> None:
     assert {row[2] for row in speed.rows_of([])} == {"not measured"}
+
+
+def test_an_engine_tells_its_sizes_and_the_stages_of_a_request(
+    engines: Callable[..., Engine],
+) -> None:
+    engine = engines({}, disable_log_stats=False)
+    facts = engine.call(speed.facts)
+    assert all(value > 0 for value in facts.values())
+    sample = engine.call(speed.timed, Ask(f"this {IMAGE} here", ((31, 224),)))
+    *stages, ttft = sample["stages"]
+    assert 0 < sample["engine"] < sample["ttft"] == ttft
+    assert sum(stages) == pytest.approx(ttft)
 
 
 @pytest.mark.parametrize("name", [name for name, shape in speed.SHAPES.items() if shape.text])
