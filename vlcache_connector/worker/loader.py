@@ -123,19 +123,18 @@ class Loader:
         """Let what is reused from host memory begin to come to the device."""
         if self._ring is None:
             return
+        # A segment may have come to the device tier just now. One look at a layer that is still
+        # arriving there makes the model's stream wait for it.
         coming = [
             (entry, item, entry.segments[item])
             for entry in loaded
             for item in entry.placed
-            if item not in entry.on_device
+            if item not in entry.on_device and entry.segments[item].pair(0).is_cpu
         ]
-        layers = range(self._shape.num_layers)
-        sources = [[segment.pair(layer) for layer in layers] for _, _, segment in coming]
-        # A segment may have come to the device tier just now.
-        coming = [c for c, (first, *_) in zip(coming, sources, strict=True) if first.is_cpu]
-        sources = [source for source in sources if source[0].is_cpu]
         if not coming:
             return
+        layers = range(self._shape.num_layers)
+        sources = [[segment.pair(layer) for layer in layers] for _, _, segment in coming]
         try:
             self._staged = staged = self._ring.start(sources)
         except torch.OutOfMemoryError:
