@@ -47,7 +47,8 @@ from typing import Any, Self, cast
 import results
 from bench_ttft import BEHIND, IN_FRONT, TEXT_TOKENS
 from local_redis import LocalRedis, RedisError, find_server
-from make_tiny_model import DTYPES, MAX_PIXELS, SIZES, make_tiny_model
+from make_tiny_model import MAX_PIXELS
+from options import add_model_options, add_output_options, model_of, model_problems
 from results import Spread, with_suffix, write_text
 from rich.console import Console
 from serving import CELL_PX, ROOT, SERVER_ENV, make_image
@@ -665,18 +666,6 @@ def _median(numbers: Iterable[float | None]) -> float | None:
 # -- what is shown ------------------------------------------------------------------------------
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """What an earlier run wrote.
-
-    Raises:
-        ValueError: the file is none of this script.
-    """
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"{path} was not written by this version of bench_tiers.py")
-    return document
-
-
 def make_markdown(document: dict[str, Any]) -> str:
     """The results as a Markdown page."""
     samples = [Sample(**entry) for entry in document["samples"]]
@@ -859,20 +848,12 @@ def report(console: Console, document: dict[str, Any], output: Path) -> None:
 
 def run(console: Console, args: argparse.Namespace) -> None:
     """Measure and report."""
-    model, model_name = args.model, str(args.model)
-    if model is None:
-        model_name = f"qwen2_5_vl, {args.size} size of make_tiny_model.py"
-        folder = args.cache_dir / "models" / f"qwen2_5_vl-{args.size}-{args.dtype}"
-        model = make_tiny_model(folder, arch="qwen2_5_vl", size=args.size, dtype=args.dtype)
+    model, model_name = model_of(args)
     with_redis = not args.no_redis and find_server() is not None
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "complete": False,
-        "started": results.timestamp(),
-        "command": results.command_line(["python", str(Path(__file__).resolve()), *args.argv]),
-        "git": results.git_state(),
-        "versions": results.versions(),
-        "machine": results.machine(),
+        **results.about_run(__file__, args.argv),
         "settings": {"model": model_name, "dtype": args.dtype, "connector": NODE},
         "notes": [] if with_redis else ["Redis was left out: no redis-server, or --no-redis"],
         "bandwidth": [],
@@ -961,7 +942,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         if args.plot_only:
-            report(console, read_document(with_suffix(args.output, ".json")), args.output)
+            path = with_suffix(args.output, ".json")
+            report(console, results.read_document(path, SCHEMA, __file__), args.output)
         else:
             signal.signal(signal.SIGTERM, results.end_by_signal)
             run(console, args)
@@ -977,9 +959,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--plot-only", action="store_true", help="measure nothing, draw from the JSON file")
-    output = ROOT / "configs" / "results" / "tiers_cpu"
-    add("--output", type=Path, default=output, metavar="PREFIX", help="of the results' files")
+    add_output_options(parser, ROOT / "configs" / "results" / "tiers_cpu")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (all)")
     many: dict[str, Any] = {"type": int, "nargs": "+"}
     add("--segments", **many, default=[1, 8, 64, 256], metavar="MIB", help="for the bandwidth")
@@ -993,10 +973,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     load: dict[str, Any] = {"type": float, "default": math.inf, "metavar": "CORES"}
     add("--max-other-load", **load, help="measure rounds again in which others used more")
     add("--no-redis", action="store_true", help="leave Redis out")
-    add("--size", choices=SIZES, default="bench", help="of the model that is made (%(default)s)")
-    add("--model", type=Path, metavar="DIR", help="a Qwen-VL checkpoint to serve instead")
-    add("--dtype", choices=DTYPES, default="float32", help="of the model (%(default)s)")
-    add("--cache-dir", type=Path, default=ROOT / ".cache", metavar="DIR", help="models, segments")
+    add_model_options(parser)
     args = parser.parse_args(argv)
     args.argv = list(argv)
     largest = math.isqrt(MAX_PIXELS)
@@ -1005,6 +982,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"{px} px: must be a multiple of {CELL_PX}, {4 * CELL_PX} to {largest}")
     if min(args.runs, args.rounds, args.gate_rounds, *args.segments, *args.link_speeds) <= 0:
         parser.error("runs, rounds, segments and link speeds must be above 0")
+    for problem in model_problems(args):
+        parser.error(problem)
     args.cache_dir.mkdir(parents=True, exist_ok=True)
     return args
 

@@ -34,7 +34,6 @@ import contextlib
 import json
 import math
 import random
-import re
 import signal
 import statistics
 import sys
@@ -45,19 +44,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from make_tiny_model import ARCHS, DTYPES, MAX_PIXELS, SIZES, make_tiny_model
+from make_tiny_model import ARCHS, MAX_PIXELS
+from options import add_model_options, add_output_options, model_of, model_problems
 from results import (
     CpuTimes,
     Spread,
+    about_run,
     command_line,
     cores,
     duration,
     end_by_signal,
-    git_state,
-    machine,
+    read_document,
     replacing,
     timestamp,
-    versions,
     with_range,
     with_suffix,
     write_text,
@@ -73,6 +72,7 @@ from serving import (
     VLLMServer,
     chat,
     chat_stream,
+    counters,
     image_part,
     make_client,
     make_image,
@@ -92,9 +92,9 @@ FIRST_SEED = 1000
 MAX_IMAGES = 4
 SYSTEMS = ("plain", "vlcache")
 ENGINE_METRICS = (
-    "request_prefill_time_seconds_count",
-    "request_queue_time_seconds_sum",
-    "request_prefill_time_seconds_sum",
+    "vllm:request_prefill_time_seconds_count",
+    "vllm:request_queue_time_seconds_sum",
+    "vllm:request_prefill_time_seconds_sum",
 )
 PAUSE_SECONDS = 1.1
 """By default, longer than the second for which vLLM's workers poll for work."""
@@ -257,21 +257,6 @@ class Record:
     def save(self) -> None:
         """Replace the file at once: it is never seen half-written."""
         write_text(self._path, json.dumps(self.document, indent=1) + "\n")
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """A document that `Record` wrote.
-
-    Raises:
-        ValueError: the file is none.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"{path} was not written by this version of bench_ttft.py")
-    return document
 
 
 def samples_of(document: dict[str, Any]) -> list[Sample]:
@@ -487,12 +472,8 @@ class Bench:
 
     def _engine_seconds(self, server: VLLMServer) -> tuple[float, float]:
         """How many requests the engine has answered, and its time to all their first tokens."""
-        page = self._client.get(f"{server.base_url}/metrics").text
-        totals = dict.fromkeys(ENGINE_METRICS, 0.0)
-        for name, value in re.findall(r"^vllm:(\w+)\{.*\} (\S+)$", page, re.MULTILINE):
-            if name in totals:
-                totals[name] += float(value)
-        requests, *seconds = totals.values()
+        found = counters(self._client, server)
+        requests, *seconds = (float(found[name]) for name in ENGINE_METRICS)
         return requests, sum(seconds)
 
     def _wait(self, what: str) -> None:
@@ -850,28 +831,18 @@ def make_servers(model: Path, matrix: Matrix, args: argparse.Namespace) -> dict[
 def run(console: Console, args: argparse.Namespace) -> None:
     """Measure and report."""
     matrix = args.matrix
-    model, model_name = args.model, str(args.model)
-    if model is None:
-        name = f"{args.arch}-{args.size}-{args.dtype}"
-        model_name = f"{args.arch}, {args.size} size of make_tiny_model.py"
-        with console.status(f"Making the model {name}"):
-            model = make_tiny_model(
-                args.cache_dir / "models" / name, arch=args.arch, size=args.size, dtype=args.dtype
-            )
+    with console.status("Making the model"):
+        model, model_name = model_of(args, args.arch)
     servers = make_servers(model, matrix, args)
     record = Record(
         with_suffix(args.output, ".json"),
         {
-            "started": timestamp(),
-            "command": command_line(["python", str(Path(__file__).resolve()), *args.argv]),
+            **about_run(__file__, args.argv),
             "servers": {
                 name: f"VLLM_CPU_OMP_THREADS_BIND={cores()} "
                 + command_line(server.command(0)).replace("--port 0", "--port PORT")
                 for name, server in servers.items()
             },
-            "git": git_state(),
-            "versions": versions(),
-            "machine": machine(),
             "settings": {"model": model_name, "dtype": args.dtype, **asdict(matrix)},
         },
     )
@@ -940,7 +911,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.width = max(console.width, 120)
     try:
         if args.plot_only:
-            report(console, read_record(with_suffix(args.output, ".json")), args.output)
+            path = with_suffix(args.output, ".json")
+            report(console, read_document(path, SCHEMA, __file__), args.output)
         else:
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, end_by_signal)
@@ -963,18 +935,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Measure the time to the first token of plain vLLM and of vLLM with VLCache.",
     )
     parser.add_argument("--quick", action="store_true", help="a small matrix, about 3 minutes")
-    parser.add_argument(
-        "--plot-only",
-        action="store_true",
-        help="measure nothing, draw table and plot from the JSON file",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=DEFAULT_OUTPUT,
-        metavar="PREFIX",
-        help="results go to PREFIX.json, PREFIX.md and PREFIX.png (%(default)s)",
-    )
+    add_output_options(parser, DEFAULT_OUTPUT)
     what = parser.add_argument_group("what is measured; without these, what --quick decides")
     what.add_argument("--sizes", type=int, nargs="+", metavar="PX", help="edges of the images")
     what.add_argument("--images", type=int, nargs="+", metavar="N", help="images in a prompt")
@@ -1003,21 +964,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "measure pairs again during which they did",
     )
     served = parser.add_argument_group("what is served")
-    served.add_argument(
-        "--size",
-        choices=SIZES,
-        default="bench",
-        help="size of the model that is made (%(default)s)",
-    )
+    add_model_options(served)
     served.add_argument(
         "--arch",
         choices=[arch for arch in ARCHS if arch.startswith("qwen2")],
         default="qwen2_5_vl",
         help="architecture of the model that is made (%(default)s)",
-    )
-    served.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint to serve instead")
-    served.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="precision of the model (%(default)s)"
     )
     served.add_argument(
         "--compile",
@@ -1043,13 +995,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="SECONDS",
         help="how long a server may take until it is ready (%(default)g)",
     )
-    served.add_argument(
-        "--cache-dir",
-        type=Path,
-        default=ROOT / ".cache",
-        metavar="DIR",
-        help="where models and logs are kept (%(default)s)",
-    )
     args = parser.parse_args(argv)
     args.argv = list(argv)
     names = [field.name for field in fields(Matrix)]
@@ -1066,8 +1011,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--pause {args.pause}: must be between 0 and 60")
     if args.max_other_load is not None and (args.max_other_load <= 0.0 or not args.pause):
         parser.error("--max-other-load must be above 0, and needs a --pause")
-    if args.model is not None and not (args.model / "config.json").is_file():
-        parser.error(f"--model {args.model}: there is no config.json in it")
+    for problem in model_problems(args):
+        parser.error(problem)
     return args
 
 

@@ -65,7 +65,7 @@ import httpx
 import results
 from bench_ttft import BEHIND, IN_FRONT, TEXT_TOKENS
 from local_redis import LocalRedis, RedisError, find_server, free_port
-from make_tiny_model import DTYPES, SIZES, make_tiny_model
+from options import add_model_options, add_output_options, model_of, model_problems
 from results import with_suffix, write_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -595,20 +595,12 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
 
 def run(console: Console, args: argparse.Namespace) -> None:
     """Measure and report."""
-    model, model_name = args.model, str(args.model)
-    if model is None:
-        model_name = f"qwen2_5_vl, {args.size} size of make_tiny_model.py"
-        folder = args.cache_dir / "models" / f"qwen2_5_vl-{args.size}-{args.dtype}"
-        model = make_tiny_model(folder, arch="qwen2_5_vl", size=args.size, dtype=args.dtype)
+    model, model_name = model_of(args)
     workloads = [w for w in make_workloads(args.scale) if w.name.split()[0] in args.workloads]
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "complete": False,
-        "started": results.timestamp(),
-        "command": results.command_line(["python", str(Path(__file__).resolve()), *args.argv]),
-        "git": results.git_state(),
-        "versions": results.versions(),
-        "machine": results.machine(),
+        **results.about_run(__file__, args.argv),
         "settings": {
             "model": model_name,
             "dtype": args.dtype,
@@ -748,7 +740,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.width = max(console.width, 120)
     try:
         if args.plot_only:
-            report(console, read_document(with_suffix(args.output, ".json")), args.output)
+            path = with_suffix(args.output, ".json")
+            report(console, results.read_document(path, SCHEMA, __file__), args.output)
         else:
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, results.end_by_signal)
@@ -763,35 +756,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """What an earlier run wrote.
-
-    Raises:
-        ValueError: the file is none of this script.
-    """
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"{path} was not written by this version of bench_workload.py")
-    return document
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Workloads with recurring images through vllm bench serve: plain vLLM, its "
         "encoder-cache connector, LMCache's connector, and VLCache from each of its tiers."
     )
-    parser.add_argument(
-        "--plot-only",
-        action="store_true",
-        help="measure nothing, draw table and plot from the JSON file",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=DEFAULT_OUTPUT,
-        metavar="PREFIX",
-        help="results go to PREFIX.json, PREFIX.md and PREFIX.png (%(default)s)",
-    )
+    add_output_options(parser, DEFAULT_OUTPUT)
     what = parser.add_argument_group("what is asked")
     what.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     what.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
@@ -816,29 +786,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="most requests at a time (%(default)s: on few cores, more would only queue)",
     )
     served = parser.add_argument_group("what is served")
-    served.add_argument(
-        "--size",
-        choices=SIZES,
-        default="bench",
-        help="size of the model that is made (%(default)s)",
-    )
-    served.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint to serve instead")
-    served.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="precision of the model (%(default)s)"
-    )
+    add_model_options(served)
     served.add_argument(
         "--together",
         type=int,
         default=2,
         metavar="N",
         help="how many servers are alive beside plain vLLM's; each takes 3 GiB (%(default)s)",
-    )
-    served.add_argument(
-        "--cache-dir",
-        type=Path,
-        default=ROOT / ".cache",
-        metavar="DIR",
-        help="where models and logs are kept (%(default)s)",
     )
     args = parser.parse_args(argv)
     args.argv = list(argv)
@@ -863,8 +817,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--image-px {args.image_px}: must be a multiple of {CELL_PX}, 112 to 1792"
     if "plain" not in args.systems:
         yield f"--systems {' '.join(args.systems)}: plain must be among them"
-    if args.model is not None and not (args.model / "config.json").is_file():
-        yield f"--model {args.model}: there is no config.json in it"
+    yield from model_problems(args)
 
 
 if __name__ == "__main__":

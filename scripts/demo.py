@@ -32,11 +32,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 from make_tiny_model import ARCHS, SIZES, make_tiny_model
+from results import end_by_signal
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -503,7 +503,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry."""
     args = _parse(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+        signal.signal(number, end_by_signal)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 136)
@@ -515,10 +515,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ServerError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import gpu_exact  # noqa: E402
 import gpu_speed  # noqa: E402
-from results import git_state, machine, timestamp, versions, with_suffix, write_text  # noqa: E402
+from results import about_run, end_by_signal, timestamp, with_suffix, write_text  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -223,19 +223,6 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def about(device: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """All that is needed to judge results."""
-    return {
-        "schema": SCHEMA,
-        "device": device,
-        "machine": machine(),
-        "versions": versions(),
-        "git": git_state(),
-        "started": timestamp(),
-        "command": " ".join(["scripts/gpu_check.py", *arguments]),
-    }
-
-
 # -- the command --------------------------------------------------------------------------------
 
 
@@ -342,9 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, end_by_signal)
     console = Console()
-    record = about(device, argv)
+    record = {"schema": SCHEMA, "device": device, **about_run(__file__, argv)}
     outcomes, lines = (run_exact if args.mode == "exact" else run_speed)(args, console)
     record |= {"finished": timestamp(), "cells": [asdict(outcome) for outcome in outcomes]}
     output = args.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import shlex
@@ -48,12 +49,38 @@ def replacing(path: Path) -> Iterator[Path]:
         work.unlink(missing_ok=True)
 
 
+def read_document(path: Path, schema: int, script: str) -> dict[str, Any]:
+    """What an earlier run of a script wrote.
+
+    Raises:
+        ValueError: the file is none of this script and schema.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != schema:
+        raise ValueError(f"{path} was not written by this version of {Path(script).name}")
+    return document
+
+
 def with_suffix(output: Path, suffix: str) -> Path:
     """The result file of this kind."""
     return output.with_name(output.name + suffix)
 
 
 # -- about the run ------------------------------------------------------------------------------
+
+
+def about_run(script: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """When, where and how a script runs: the first entries of its document."""
+    return {
+        "started": timestamp(),
+        "command": command_line(["python", str(Path(script).resolve()), *arguments]),
+        "git": git_state(),
+        "versions": versions(),
+        "machine": machine(),
+    }
 
 
 def timestamp() -> str:

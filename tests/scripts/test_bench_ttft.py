@@ -136,7 +136,7 @@ def test_an_interruption_says_where_the_measurements_are(
     monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
     assert bench.main(["--output", str(tmp_path / "ttft")]) == 130
     assert str(tmp_path / "ttft.json") in capsys.readouterr().err
-    assert bench.read_record(tmp_path / "ttft.json")["complete"] is False
+    assert bench.read_document(tmp_path / "ttft.json", bench.SCHEMA, "x")["complete"] is False
 
 
 def test_ratios_are_taken_within_pairs(bench: ModuleType, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_ratios_are_taken_within_pairs(bench: ModuleType, tmp_path: Path) -> Non
 def test_plot_only(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "ttft.json"
     document = _document(bench, path)
-    assert bench.read_record(path) == document
+    assert bench.read_document(path, bench.SCHEMA, "x") == document
     assert bench.main(["--plot-only", "--output", str(tmp_path / "ttft")]) == 0
     page = (tmp_path / "ttft.md").read_text()
     assert "15.0 (8.0-20.0)" in page
