@@ -21,7 +21,7 @@ def register() -> None:
     if seams.intact("frontend.py"):
         from . import frontend
 
-        frontend.refuse_missing_embeddings()
+        frontend.resolve_encoder_half()
         frontend.mark_client_chosen_names()
     if seams.intact("attention/hook.py"):
         from .attention import hook

@@ -1,7 +1,7 @@
 """`VLCacheConnector`: the KV half, a thin face over the scheduler side and the worker side.
 
 vLLM seams: `KVConnectorBase_V1`, `SupportsHMA`
-(`vllm/distributed/kv_transfer/kv_connector/v1/base.py`), `ECTransferConfig`, `CacheHitSource`
+(`vllm/distributed/kv_transfer/kv_connector/v1/base.py`), `CacheHitSource`
 (`vllm/v1/metrics/cache_hit_source.py`).
 """
 
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from vllm.config import ECTransferConfig
-from vllm.distributed.ec_transfer import ensure_ec_transfer_initialized
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -32,7 +30,6 @@ from .seams import untested_version
 from .support import (
     check_supported,
     config_of,
-    encoder_role,
     inert_reason,
     kv_shape,
     model_fingerprint,
@@ -85,35 +82,13 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         check_supported(vllm_config, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER and (untested := untested_version()):
             logger.warning("VLCache: %s; all that it uses of it is there", untested)
-        self._turn_on_encoder_half()
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = self._make_scheduler_side()
-        else:
-            ensure_ec_transfer_initialized(vllm_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
         """A cache: what is not stored is a miss later, never an error."""
         return False
-
-    def _turn_on_encoder_half(self) -> None:
-        """One flag is enough where vLLM looks for an encoder connector after this constructor."""
-        if self._vllm_config.ec_transfer_config is not None:
-            return
-        if self._vllm_config.use_v2_model_runner:
-            logger.warning(
-                "VLCache: model runner V2 needs a second flag to cache encoder outputs: "
-                "--ec-transfer-config "
-                '\'{"ec_connector": "VLCacheEncoderConnector", "ec_role": "ec_both"}\'. Without it '
-                "an image's first reuse runs the vision encoder once more"
-            )
-            return
-        self._vllm_config.ec_transfer_config = ECTransferConfig(
-            ec_connector="VLCacheEncoderConnector",
-            ec_connector_module_path=__package__,
-            ec_role=encoder_role(self._kv_transfer_config),
-            engine_id=self._kv_transfer_config.engine_id,
-        )
 
     def _make_scheduler_side(self) -> SchedulerSide:
         vllm_config = self._vllm_config

@@ -1,11 +1,13 @@
-"""Keeps vLLM's frontend as strict with the connector as it is without, and its hashes honest.
+"""What is put right before vLLM starts, in its frontend.
 
 vLLM seams, patched:
 
-- `VllmConfig._resolve_mm_embedding_inputs` (`vllm/config/vllm.py`). vLLM takes any KV or encoder
-  consumer for the decoding half of a split deployment, whose clients send embeddings instead of
-  images and may leave out the tensor. VLCache serves images: with that door open, one request
-  without its tensor would end the engine.
+- `VllmConfig._resolve_mm_embedding_inputs` (`vllm/config/vllm.py`), for two things. The KV half's
+  flag turns on the encoder half as well: model runner V2 builds encoder connectors before KV
+  connectors exist. And the frontend stays as strict as without VLCache: vLLM takes any KV or
+  encoder consumer for the decoding half of a split deployment, whose clients send embeddings
+  instead of images and may leave out the tensor. VLCache serves images: with that door open, one
+  request without its tensor would end the engine.
 - `ProcessorInputs.get_mm_hashes` (`vllm/multimodal/processing/inputs.py`). Clients may name an
   image (`multi_modal_uuids`), and vLLM takes the name for its content hash. Such names are marked,
   so that nothing is stored or found under what a client says an image is.
@@ -16,8 +18,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ECTransferConfig, VllmConfig
 from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from .support import encoder_role, inert_reason
 
 _CLIENT_CHOSEN = "client-chosen:"
 """No content hash begins like this."""
@@ -55,8 +59,8 @@ def mark_client_chosen_names() -> None:
     ProcessorInputs.get_mm_hashes = get_mm_hashes  # type: ignore[method-assign]
 
 
-def refuse_missing_embeddings() -> None:
-    """Patch `VllmConfig`, once per process."""
+def resolve_encoder_half() -> None:
+    """Patch `VllmConfig`, once per process: see the first seam."""
     original = VllmConfig._resolve_mm_embedding_inputs
     if hasattr(original, "_vlcache_original"):
         return
@@ -67,6 +71,7 @@ def refuse_missing_embeddings() -> None:
         if multimodal is None or not _is_vlcache_alone(self):
             original(self)
             return
+        _turn_on_encoder_half(self)
         asked_for = multimodal.enable_mm_embeds
         original(self)
         multimodal.enable_mm_embeds = asked_for
@@ -74,6 +79,17 @@ def refuse_missing_embeddings() -> None:
 
     resolve._vlcache_original = original  # type: ignore[attr-defined]
     VllmConfig._resolve_mm_embedding_inputs = resolve  # type: ignore[method-assign]
+
+
+def _turn_on_encoder_half(config: VllmConfig) -> None:
+    kv = config.kv_transfer_config
+    if kv is None or config.ec_transfer_config is not None or inert_reason(config) is not None:
+        return
+    config.ec_transfer_config = ECTransferConfig(
+        ec_connector="VLCacheEncoderConnector",
+        ec_role=encoder_role(kv),
+        engine_id=kv.engine_id,
+    )
 
 
 def _is_vlcache_alone(config: VllmConfig) -> bool:

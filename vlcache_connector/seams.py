@@ -115,6 +115,11 @@ SEAMS: tuple[Seam, ...] = (
     ),
     _has("vllm.config:VllmConfig", "frontend.py", "model_config kv_transfer_config"),
     _has(
+        "vllm.config:ECTransferConfig",
+        "frontend.py",
+        "ec_connector ec_role engine_id ec_connector_extra_config",
+    ),
+    _has(
         "vllm.multimodal.processing.inputs:ProcessorInputs",
         "frontend.py",
         "get_mm_hashes mm_uuid_items",
@@ -196,14 +201,6 @@ SEAMS: tuple[Seam, ...] = (
         "connector.py",
         "HOST DISK EXTERNAL_UNSPECIFIED",
     ),
-    _has(
-        "vllm.config:ECTransferConfig",
-        "connector.py",
-        "ec_connector ec_connector_module_path ec_role engine_id ec_connector_extra_config",
-    ),
-    _takes(
-        "vllm.distributed.ec_transfer:ensure_ec_transfer_initialized", "connector.py", "vllm_config"
-    ),
     _takes("vllm.logger:init_logger", "connector.py", "name"),
     _has("vllm.v1.core.kv_cache_manager:KVCacheBlocks", "connector.py", "get_block_ids"),
     _has("vllm.v1.outputs:KVConnectorOutput", "connector.py", "kv_connector_worker_meta"),
@@ -250,8 +247,7 @@ SEAMS: tuple[Seam, ...] = (
         "vllm.config:VllmConfig",
         "support.py",
         "model_config cache_config parallel_config scheduler_config load_config lora_config "
-        "speculative_config compilation_config kv_transfer_config ec_transfer_config "
-        "use_v2_model_runner",
+        "speculative_config compilation_config kv_transfer_config ec_transfer_config",
     ),
     _has(
         "vllm.config:KVTransferConfig",

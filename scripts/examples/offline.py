@@ -33,8 +33,6 @@ def main() -> None:
             "kv_role": "kv_both",
             "kv_connector_extra_config": {"cpu_bytes": "1GiB", "encoder_cpu_bytes": "256MiB"},
         },
-        # On GPUs the encoder half has a flag of its own; elsewhere this changes nothing.
-        ec_transfer_config={"ec_connector": "VLCacheEncoderConnector", "ec_role": "ec_both"},
     )
     made = [Image.radial_gradient("L"), Image.linear_gradient("L")]
     first, second = (

@@ -45,12 +45,9 @@ def test_vllm_and_vlcache_take_it(name: str, tiny_model: Callable[..., Path]) ->
     assert inert_reason(vllm_config) is None
     config = config_of(vllm_config)
     assert (config.redis_url is not None) == (name in ("redis", "consumer"))
-    # Where model runner V2 is the default, the encoder half needs its own flag.
-    if name == "cpu":
-        assert ec is None
-    else:
-        assert ec is not None
-        assert (ec.ec_connector, ec.ec_role) == ("VLCacheEncoderConnector", encoder_role(kv))
+    # The KV half's flag turned it on.
+    assert ec is not None
+    assert (ec.ec_connector, ec.ec_role) == ("VLCacheEncoderConnector", encoder_role(kv))
 
 
 @pytest.mark.parametrize("name", NAMES)
