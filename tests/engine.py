@@ -12,6 +12,7 @@ import functools
 import multiprocessing
 import multiprocessing.context
 import os
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +20,10 @@ from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 import torch._dynamo
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -36,6 +38,9 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "LMCACHE_TRACK_USAGE": "false",
 }
+
+_STARTING = threading.Lock()
+"""Held while this process has an engine's environment."""
 
 
 def grid(seed: int, width: int, height: int) -> np.ndarray:
@@ -104,6 +109,8 @@ class Engine:
             recomputed tokens; None runs plain vLLM.
         environment: of the child, over the defaults.
         prepare: called in the child before the engine is made; it must be importable there.
+        runner: vLLM's model runner; None takes its default, V1 on a CPU. There, V2 runs its Triton
+            kernels in Triton's interpreter.
         arguments: of `vllm.LLM`.
     """
 
@@ -113,9 +120,18 @@ class Engine:
         connector: dict[str, Any] | None,
         environment: dict[str, str] | None = None,
         prepare: Callable[[], None] | None = None,
+        runner: Literal["V1", "V2"] | None = None,
         **arguments: Any,
     ) -> None:
+        environment = {**_ENVIRONMENT, **(environment or {})}
+        if runner is not None:
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "V2"))
         context = _context()
+        if runner == "V2" and not torch.cuda.is_available():
+            # Triton and vLLM look at what there is when they are imported: not in a fork of a
+            # process that has done so.
+            context = multiprocessing.get_context("spawn")
+            environment["TRITON_INTERPRET"] = "1"
         self._connection, child = context.Pipe()
         if connector is not None:
             arguments.setdefault(
@@ -145,13 +161,14 @@ class Engine:
             args=(
                 child,
                 str(model),
-                {**_ENVIRONMENT, **(environment or {})},
+                environment,
                 prepare,
                 {**defaults, **arguments},
             ),
             daemon=False,
         )
-        self._process.start()
+        with _STARTING, _environ(environment):
+            self._process.start()
         child.close()
         try:
             self._receive()
@@ -195,21 +212,13 @@ def engines_together(
     """Engines by name, started at the same time and alive inside the block.
 
     Args:
-        connectors: of each, see `Engine`. The encoder half has a flag of its own, as model runner
-            V2 needs it.
+        connectors: of each, see `Engine`.
         arguments: of all of them.
     """
-    ec_transfer_config = {"ec_connector": "VLCacheEncoderConnector", "ec_role": "ec_both"}
     _context()  # not from several threads
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(connectors)) as pool:
         starting = {
-            name: pool.submit(
-                Engine,
-                model,
-                connector,
-                **arguments,
-                **({} if connector is None else {"ec_transfer_config": ec_transfer_config}),
-            )
+            name: pool.submit(Engine, model, connector, **arguments)
             for name, connector in connectors.items()
         }
         for future in starting.values():
@@ -223,18 +232,24 @@ def _context() -> multiprocessing.context.BaseContext:
     """Children fork from a server that has imported vLLM, but has run nothing of it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.core"])
-    before = dict(os.environ)
     # The server hands its environment, as it is now, on to all children.
-    os.environ.update(_ENVIRONMENT)
-    try:
+    with _environ(_ENVIRONMENT):
         forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def _environ(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
     finally:
-        for name in _ENVIRONMENT:
+        for name in variables:
             if name in before:
                 os.environ[name] = before[name]
             else:
                 del os.environ[name]
-    return context
 
 
 class EngineError(RuntimeError):
@@ -250,6 +265,8 @@ def _serve(
 ) -> None:
     os.environ.update(environment)
     try:
+        if environment.get("TRITON_INTERPRET") == "1":
+            _pretend_triton_has_a_cpu_backend()
         if prepare is not None:
             prepare()
         if arguments["enforce_eager"]:
@@ -278,6 +295,16 @@ def _serve(
         except BaseException:
             connection.send((False, traceback.format_exc()))
     llm.llm_engine.engine_core.shutdown()
+
+
+def _pretend_triton_has_a_cpu_backend() -> None:
+    """Let vLLM use Triton on a CPU, which runs all kernels in its interpreter.
+
+    vLLM looks for a backend of this name (`vllm/triton_utils/importing.py`).
+    """
+    from triton.backends import Backend, backends
+
+    backends["cpu"] = Backend(compiler=None, driver=None)
 
 
 def request_of(ask: Ask) -> tuple[dict[str, Any], Any]:

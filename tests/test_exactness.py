@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "chunks of 256 tokens": {"max_num_batched_tokens": 256, "max_num_seqs": 8},
     "no prefix caching": {"enable_prefix_caching": False},
+    "model runner V2": {"runner": "V2"},
 }
 
 
