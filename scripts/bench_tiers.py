@@ -245,7 +245,11 @@ def _steps(
     target, positions = torch.empty_like(kv), torch.arange(tokens).expand(3, -1)
 
     def put() -> Any:
-        return store.put_kv(name.key, positions, [(k, v) for k, v in kv])
+        writer = store.open_kv(name.key, positions)
+        assert writer is not None
+        for layer, both in enumerate(kv):
+            writer.layer(layer).copy_(both)
+        return writer.finish()
 
     def copy_out(segment: Any) -> bool:
         with segment:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine import IMAGE, Answer, Ask, Engine, EngineError
+from stored import put_kv
 
 A, B = (71, 224), (72, 336, 224)
 _donors = itertools.count()
@@ -67,7 +68,7 @@ def store_another_shape(llm: Any) -> None:
                 for i in range(len(worker._model.layer_names))
             ]
             positions = segment.info.positions[:, :-1].clone()
-        assert worker._storage.host.put_kv(key, positions, layers) > 0
+        assert put_kv(worker._storage.host, key, positions, layers) > 0
 
 
 def raise_fault(*args: Any, **kwargs: Any) -> Any:
@@ -85,7 +86,8 @@ def ask_with_broken(llm: Any, part: str, ask: Ask) -> tuple[Answer, dict[str, in
         "injection": (injection, "write_kv"),
         "planning": (scheduler, "_plan"),
         "capture": (worker._capture, "on_kv_write"),
-        "store": (worker._storage, "put_kv"),
+        "making room": (worker._storage, "open_kv"),
+        "store": (worker._storage, "keep_kv"),
     }[part]
     original = getattr(owner, name)
     before = scheduler.statistics.events.copy()
@@ -107,7 +109,7 @@ def test_output_is_that_of_a_full_recompute(
     assert_fully_recomputed(answer, engines, part)
 
 
-@pytest.mark.parametrize("part", ["capture", "store"])
+@pytest.mark.parametrize("part", ["capture", "making room", "store"])
 def test_what_cannot_be_stored_is_not_noticed(engine: Engine, part: str) -> None:
     cold = Ask(f"never seen, {part} {IMAGE}", ((75 + len(part), 224),), max_tokens=4)
     answer, failures = engine.call(ask_with_broken, part, cold)

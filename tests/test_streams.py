@@ -17,7 +17,7 @@ from unordered_device import Device
 from vlcache_connector import streams
 from vlcache_connector.rope import RotarySpec
 from vlcache_connector.store import LMCacheSegmentStore, Segment, SegmentInfo
-from vlcache_connector.streams import Leaving, Ring, StagedSegment, upload
+from vlcache_connector.streams import Leaving, Outbox, Ring, StagedSegment, upload
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker import loader
 from vlcache_connector.worker.device import DeviceSegments
@@ -248,6 +248,76 @@ def test_a_segment_is_read_from_the_device_tier_only_when_it_is_there(seed: int)
 
 # -- what leaves the device -----------------------------------------------------------------
 
+OUTBOX_ROWS = 16
+
+
+def send(device: Device, outbox: Outbox, target: Tensor, source: Tensor) -> None:
+    """Send what the model's stream has yet to write."""
+
+    def fill(view: Tensor, rows: slice) -> None:
+        device.run(lambda: view.copy_(source[:, rows]))
+
+    outbox.send(target, fill)
+
+
+def send_all(
+    device: Device, sizes: list[int], flushes: list[bool], num_rows: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Send tensors of as many rows; what arrived and should have."""
+    outbox = Outbox(device, CPU, num_rows * ROW_BYTES)
+    sent = []
+    for number, (size, flush) in enumerate(zip(sizes, flushes, strict=False)):
+        # Every other one is a part of a longer segment, as chunks of a prefill are.
+        source = make_segment(number, 1, size).pair(0)
+        target = torch.zeros(2, size + number % 2, 2, 8)[:, :size]
+        send(device, outbox, target, source)
+        sent.append((target, source))
+        if flush:
+            outbox.flush()
+    outbox.flush()
+    device.drain()
+    return sent
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    seed=st.integers(0, 1 << 30),
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=20),
+    flushes=st.lists(st.booleans(), min_size=20, max_size=20),
+    num_rows=st.integers(8, 100),
+)
+def test_all_that_is_sent_arrives(
+    seed: int, sizes: list[int], flushes: list[bool], num_rows: int
+) -> None:
+    assert is_right(send_all(Device(seed), sizes, flushes, num_rows))
+
+
+def test_where_streams_do_not_wait_what_is_sent_is_wrong() -> None:
+    """So the test above can fail."""
+    sizes, flushes = [5] * 20, [True] * 20
+    wrong = sum(
+        not is_right(send_all(Device(seed, is_deaf=True), sizes, flushes, 8)) for seed in range(20)
+    )
+    assert wrong > 10
+
+
+def test_rows_that_no_slot_can_hold_are_refused() -> None:
+    outbox = Outbox(Device(0), CPU, 8 * ROW_BYTES)
+    with pytest.raises(ValueError, match="slots have"):
+        outbox.send(torch.zeros(2, 1, 64, 64), lambda view, rows: None)
+
+
+def test_small_tensors_leave_together() -> None:
+    device = Device(0)
+    outbox = Outbox(device, CPU, 4 * 100 * ROW_BYTES)
+    for number in range(10):
+        source = make_segment(number, 1, 5).pair(0)
+        send(device, outbox, torch.zeros_like(source), source)
+    assert not device.num_copies
+    outbox.flush()
+    assert device.num_copies == 1
+    device.drain()
+
 
 @pytest.fixture
 def make_store() -> Iterator[Callable[[Device], LMCacheSegmentStore]]:
@@ -275,13 +345,15 @@ def make_store() -> Iterator[Callable[[Device], LMCacheSegmentStore]]:
 def put(store: LMCacheSegmentStore, device: Device, key: str, *, valid: bool = True) -> list[Any]:
     """Store what the model's stream has yet to write; what it will have written."""
     written = make_segment(3, 7, 5)
-    layers = [tuple(torch.zeros_like(part) for part in written.layer(layer)) for layer in range(7)]
+    writer = store.open_kv(key, torch.arange(5)[None])
+    assert writer is not None
     is_valid = torch.tensor(not valid)
+    outbox = Outbox(device, CPU, OUTBOX_ROWS * ROW_BYTES)
     for layer in range(7):
-        for target, source in zip(layers[layer], written.layer(layer), strict=True):
-            device.run(lambda target=target, source=source: target.copy_(source))
+        send(device, outbox, writer.layer(layer), written.pair(layer))
+    outbox.flush()
     device.run(lambda: is_valid.fill_(valid))
-    assert store.put_kv(key, torch.arange(5)[None], layers, is_valid) > 0
+    assert writer.finish(is_valid) > 0
     return [written.layer(layer) for layer in range(7)]
 
 
@@ -328,6 +400,26 @@ def test_what_is_removed_on_its_way_keeps_its_memory_until_it_has_arrived(
     assert store.usage().bytes_used > 0
     assert store.settle(waits=True) == []
     assert store.usage().bytes_used == 0
+    store.check_integrity()
+
+
+@logging_sets_off_a_warning
+def test_what_is_abandoned_keeps_its_memory_until_nothing_is_copied_to_it(
+    make_store: Callable[[Device], LMCacheSegmentStore],
+) -> None:
+    device = Device(1)
+    store = make_store(device)
+    writer = store.open_kv("key", torch.arange(5)[None])
+    assert writer is not None
+    source, target = torch.ones(2, 5, 2, 8), writer.layer(0)
+    device.copy([(target, source)])
+    writer.abandon()
+    writer.abandon()
+    assert store.usage().bytes_used > 0
+    assert store.settle(waits=True) == []
+    assert torch.equal(target, source)
+    assert store.usage().bytes_used == 0
+    assert store.get("key", "kv") is None
     store.check_integrity()
 
 

@@ -32,6 +32,7 @@ class Device:
 
     Attributes:
         main: the model's stream.
+        num_copies: calls of `copy`.
     """
 
     def __init__(self, seed: int, *, is_deaf: bool = False) -> None:
@@ -40,6 +41,7 @@ class Device:
         self._lock = threading.RLock()
         # One stream may be far ahead of the other.
         self._main_first = self._random.choice((0.02, 0.5, 0.98))
+        self.num_copies = 0
         self.main: deque[Callable[[], bool]] = deque()
         self._side: deque[Callable[[], bool]] = deque()
 
@@ -91,6 +93,7 @@ class Device:
         return self._record(self.main)
 
     def copy(self, pairs: Iterable[Pair], after: Mark | None = None) -> Event:
+        self.num_copies += 1
         if after is not None:
             self._wait(self._side, after)
         for target, source in pairs:

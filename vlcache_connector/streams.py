@@ -21,6 +21,9 @@ Pair = tuple[Tensor, Tensor]
 
 RING_BYTES = 256 << 20
 """Device memory that segments pass through on their way into the paged cache."""
+OUTBOX_BYTES = 64 << 20
+"""Device memory that segments pass through on their way out of the model."""
+_OUTBOX_SLOTS = 4
 _GROUP_BYTES = 8 << 20
 """Layers are copied in groups of at least as much: copies of less cost more to queue than to do."""
 _ALIGNMENT = 256
@@ -276,6 +279,78 @@ class Staged:
         self._done = self._queued
         self._num_layers = 0
         self._on_close()
+
+
+class Outbox:
+    """Device memory that rows pass through on their way to host memory.
+
+    It bounds how much of them waits on the device: a slot's memory is written again as soon as the
+    side stream has copied it, which the model's stream waits for on the device.
+
+    Args:
+        device: of the rows.
+        num_bytes: of all slots, taken when they are first used.
+    """
+
+    def __init__(self, side: Side, device: torch.device, num_bytes: int = OUTBOX_BYTES) -> None:
+        self._side = side
+        self._device = device
+        self._slot_bytes = num_bytes // _OUTBOX_SLOTS // _ALIGNMENT * _ALIGNMENT
+        self._slots: Sequence[Tensor] = ()
+        self._sent: list[Mark | None] = [None] * _OUTBOX_SLOTS
+        """Per slot, the end of the last copy out of it."""
+        self._current = 0
+        self._used = 0
+        """Bytes of the current slot."""
+        self._pairs: list[Pair] = []
+        """Copies out of the current slot, not yet queued."""
+
+    def send(self, target: Tensor, fill: Callable[[Tensor, slice], None]) -> None:
+        """Copy rows to the host, now or with those that come next; see `flush`.
+
+        Args:
+            target: [2, n, ...] in pinned memory.
+            fill: queues on the model's stream what writes a range of the n rows, for K and V, to
+                device memory like `target[:, range]`.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for the slots.
+        """
+        if not self._slots:
+            memory = torch.empty(
+                _OUTBOX_SLOTS * self._slot_bytes, dtype=torch.uint8, device=self._device
+            )
+            self._side.hold(memory)
+            self._slots = memory.chunk(_OUTBOX_SLOTS)
+        num_rows = target.shape[1]
+        row_bytes = target[:, :1].nbytes
+        start = 0
+        while start < num_rows:
+            count = min(num_rows - start, (self._slot_bytes - self._used) // row_bytes)
+            if count == 0:
+                if not self._used:
+                    raise ValueError(f"a row of {row_bytes} bytes; slots have {self._slot_bytes}")
+                self.flush()
+                continue
+            rows = slice(start, start + count)
+            sent = self._sent[self._current]
+            if not self._used and sent is not None:
+                self._side.wait(sent)
+            raw = self._slots[self._current][self._used : self._used + count * row_bytes]
+            view = raw.view(target.dtype).view(target[:, rows].shape)
+            fill(view, rows)
+            self._pairs += [(target[side, rows], view[side]) for side in (0, 1)]
+            self._used = min(self._used + _aligned(raw), self._slot_bytes)
+            start += count
+
+    def flush(self) -> None:
+        """Queue the copies of all that was sent."""
+        if not self._pairs:
+            return
+        self._sent[self._current] = self._side.copy(self._pairs, self._side.mark())
+        self._current = (self._current + 1) % _OUTBOX_SLOTS
+        self._used = 0
+        self._pairs = []
 
 
 class StagedSegment:

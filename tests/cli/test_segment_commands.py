@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from local_redis import LocalRedis, free_port
+from stored import put_kv
 
 from vlcache_connector import cli
 from vlcache_connector.cli import console, inspection
@@ -47,9 +48,9 @@ def encoded() -> Mapping[str, Objects]:
         made[name] = [bytes(part) for part in segment.objects]
         segment.release()
 
-    def put_kv(store: LMCacheSegmentStore, name: str, num_tokens: int) -> None:
+    def put(store: LMCacheSegmentStore, name: str, num_tokens: int) -> None:
         layers = [(kv[0], kv[1]) for kv in torch.randn(LAYERS, 2, num_tokens, HEADS, DIM)]
-        assert store.put_kv(KEYS[name], torch.arange(num_tokens)[None], layers)
+        assert put_kv(store, KEYS[name], torch.arange(num_tokens)[None], layers)
         keep(store, name, "kv")
 
     for fingerprint in (NOTED, UNKNOWN):
@@ -67,12 +68,12 @@ def encoded() -> Mapping[str, Objects]:
         )
         try:
             if fingerprint == NOTED:
-                put_kv(store, "large", 80)
-                put_kv(store, "small", 20)
+                put(store, "large", 80)
+                put(store, "small", 20)
                 assert store.put_encoder(KEYS["rows"], torch.randn(600, 16))
                 keep(store, "rows", "encoder")
             else:
-                put_kv(store, "other", 20)
+                put(store, "other", 20)
         finally:
             store.close()
     assert len(made["large"]) == 3

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from stored import put_kv
 
 from vlcache_connector.store import Kind, LMCacheSegmentStore, RefusedObject
 
@@ -38,7 +39,7 @@ def values() -> Iterator[dict[tuple[str, Kind], list[bytes]]]:
     store = make_store()
     kv = torch.randn(LAYERS, 2, TOKENS, HEADS, DIM)
     for key in ("cat/0", "dog/0"):
-        assert store.put_kv(key, torch.arange(3 * TOKENS).view(3, TOKENS), [(k, v) for k, v in kv])
+        assert put_kv(store, key, torch.arange(3 * TOKENS).view(3, TOKENS), [(k, v) for k, v in kv])
     assert store.put_encoder("cat", torch.randn(TOKENS, 24))
     stored = {}
     names: list[tuple[str, Kind]] = [("cat/0", "kv"), ("dog/0", "kv"), ("cat", "encoder")]

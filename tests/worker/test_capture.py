@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,8 +35,57 @@ SHAPE = KVShape(
 )
 
 
+_stores: dict[KVShape, LMCacheSegmentStore] = {}
+
+
+def store_of(shape: KVShape) -> LMCacheSegmentStore:
+    """A store of 1 MiB."""
+    if shape not in _stores:
+        _stores[shape] = LMCacheSegmentStore(
+            "org/model",
+            "print",
+            0,
+            1,
+            1 << 20,
+            shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            kv_dtype=shape.dtype,
+        )
+    return _stores[shape]
+
+
 def make_capture(shape: KVShape = SHAPE) -> SegmentCapture:
-    return SegmentCapture(LAYERS, shape, torch.device("cpu"))
+    return SegmentCapture(LAYERS, shape, torch.device("cpu"), store_of(shape).open_kv)
+
+
+def expect(
+    capture: SegmentCapture, name: str, item: int, *, num_tokens: int, offset: int, slots: Tensor
+) -> None:
+    positions = torch.arange(num_tokens)[None]
+    capture.expect(name, item, f"{name}/{item}", positions, offset=offset, slots=slots)
+
+
+def stored(
+    capture: SegmentCapture, name: str, item: int, shape: KVShape = SHAPE
+) -> list[Tensor] | None:
+    """K and V [2, n, kv_heads, head_dim] per layer as the store has them; None if it has not."""
+    captured = capture.finish(name, item)
+    if captured is None:
+        return None
+    store = store_of(shape)
+    if not captured.writer.finish(captured.valid):
+        return None
+    with store.get(f"{name}/{item}", "kv") as segment:
+        return [torch.stack(segment.layer(layer)) for layer in range(shape.num_layers)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def stores_are_closed() -> Iterator[None]:
+    yield
+    for store in _stores.values():
+        store.close()
+    _stores.clear()
 
 
 def values_of(layer: int, rows: list[tuple[int, int]], shape: KVShape = SHAPE) -> Tensor:
@@ -69,23 +118,20 @@ class Pass:
 def assert_captured(
     capture: SegmentCapture, name: int, item: int, span: Span, shape: KVShape = SHAPE
 ) -> None:
-    captured = capture.finish(str(name), item)
-    assert captured is not None
-    assert captured.valid
-    layers = captured.layers
+    layers = stored(capture, str(name), item, shape)
+    assert layers is not None
     assert len(layers) == len(LAYERS)
-    for index, (key, value) in enumerate(layers):
-        expected = values_of(index, [(name, t) for t in range(span.start, span.end)], shape)
-        assert torch.equal(key, expected[0])
-        assert torch.equal(value, expected[1])
+    for index, kv in enumerate(layers):
+        rows = [(name, token) for token in range(span.start, span.end)]
+        assert torch.equal(kv, values_of(index, rows, shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_segment_that_is_written_at_once_is_captured_bit_by_bit(dtype: torch.dtype) -> None:
-    shape = KVShape(3, 2, 4, dtype, block_size=4)
+    shape = replace(SHAPE, dtype=dtype)
     capture, written = make_capture(shape), Pass()
     slots = [9, 10, 11, 4, 5]
-    capture.expect("7", 0, num_tokens=5, offset=0, slots=torch.tensor(slots))
+    expect(capture, "7", 0, num_tokens=5, offset=0, slots=torch.tensor(slots))
     written.add(7, Span(30, 35), slots)
     written.write(capture, shape)
     assert_captured(capture, 7, 0, Span(30, 35), shape)
@@ -139,7 +185,8 @@ def test_rows_scattered_over_passes_and_requests_come_together(
                 part = span.clip(chunk.start, chunk.end)
                 if owner == name and part:
                     wanted = [own[token] for token in range(part.start, part.end)]
-                    capture.expect(
+                    expect(
+                        capture,
                         str(name),
                         index,
                         num_tokens=len(span),
@@ -156,7 +203,7 @@ def test_rows_scattered_over_passes_and_requests_come_together(
 
 def test_padding_and_slots_that_are_written_twice_do_no_harm() -> None:
     capture, written = make_capture(), Pass()
-    capture.expect("1", 0, num_tokens=3, offset=0, slots=torch.tensor([6, 2, 7]))
+    expect(capture, "1", 0, num_tokens=3, offset=0, slots=torch.tensor([6, 2, 7]))
     written.add(5, Span(0, 3), [3, 3, -1])
     written.add(1, Span(10, 13), [6, 2, 7])
     written.add(5, Span(3, 7), [-1, 3, 0, -1])
@@ -166,19 +213,21 @@ def test_padding_and_slots_that_are_written_twice_do_no_harm() -> None:
 
 def test_rows_behind_the_slots_are_padding() -> None:
     capture = make_capture()
-    capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([5, 4]))
+    expect(capture, "1", 0, num_tokens=2, offset=0, slots=torch.tensor([5, 4]))
     for index, layer in enumerate(LAYERS):
         key, value = values_of(index, [(1, 0), (1, 1), (1, 2), (1, 3)])
         capture.on_kv_write(layer, key, value, torch.tensor([4, 5]))
     capture.end_pass()
-    for index, (key, value) in enumerate(capture.finish("1", 0).layers):
-        assert torch.equal(torch.stack([key, value]), values_of(index, [(1, 1), (1, 0)]))
+    layers = stored(capture, "1", 0)
+    assert layers is not None
+    for index, kv in enumerate(layers):
+        assert torch.equal(kv, values_of(index, [(1, 1), (1, 0)]))
 
 
 def test_an_item_in_two_parts_of_one_pass_comes_together() -> None:
     capture, written = make_capture(), Pass()
-    capture.expect("1", 2, num_tokens=4, offset=2, slots=torch.tensor([1, 0]))
-    capture.expect("1", 2, num_tokens=4, offset=0, slots=torch.tensor([8, 9]))
+    expect(capture, "1", 2, num_tokens=4, offset=2, slots=torch.tensor([1, 0]))
+    expect(capture, "1", 2, num_tokens=4, offset=0, slots=torch.tensor([8, 9]))
     written.add(1, Span(20, 24), [8, 9, 1, 0])
     written.write(capture)
     assert_captured(capture, 1, 2, Span(20, 24))
@@ -186,7 +235,7 @@ def test_an_item_in_two_parts_of_one_pass_comes_together() -> None:
 
 def test_keys_that_are_views_with_gaps_are_captured() -> None:
     capture = make_capture()
-    capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([4, 5]))
+    expect(capture, "1", 0, num_tokens=2, offset=0, slots=torch.tensor([4, 5]))
     for index, layer in enumerate(LAYERS):
         fused = torch.cat(list(values_of(index, [(1, 0), (1, 1)])), dim=-1)
         key, value = fused.chunk(2, dim=-1)
@@ -208,7 +257,7 @@ def test_a_segment_is_captured_while_other_rows_leave_from_layer_to_layer(
     capture = make_capture()
     slots = rng.sample(range(50), len(span) + max(others))
     own, rest = slots[: len(span)], slots[len(span) :]
-    capture.expect("7", 0, num_tokens=len(span), offset=0, slots=torch.tensor(own))
+    expect(capture, "7", 0, num_tokens=len(span), offset=0, slots=torch.tensor(own))
     for index, (layer, count) in enumerate(zip(LAYERS, sorted(others, reverse=True), strict=True)):
         rows = [(7, span.start + i, slot) for i, slot in enumerate(own)]
         rows += [(5, i, slot) for i, slot in enumerate(rest[:count])]
@@ -222,18 +271,18 @@ def test_a_segment_is_captured_while_other_rows_leave_from_layer_to_layer(
 
 def test_a_slot_that_is_missing_after_rows_change_spoils_the_segment() -> None:
     capture = make_capture()
-    capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([3, 9]))
+    expect(capture, "1", 0, num_tokens=2, offset=0, slots=torch.tensor([3, 9]))
     for index, (layer, slots) in enumerate(zip(LAYERS, [[3, 9], [3, 9], [3]], strict=True)):
         key, value = values_of(index, [(1, token) for token in range(len(slots))])
         capture.rows_change()
         capture.on_kv_write(layer, key, value, torch.tensor(slots))
     capture.end_pass()
-    assert not capture.finish("1", 0).valid
+    assert stored(capture, "1", 0) is None
 
 
 def test_a_pass_that_ends_before_the_last_layer_spoils_the_segment() -> None:
     capture = make_capture()
-    capture.expect("1", 0, num_tokens=1, offset=0, slots=torch.tensor([3]))
+    expect(capture, "1", 0, num_tokens=1, offset=0, slots=torch.tensor([3]))
     for index, layer in enumerate(LAYERS[:-1]):
         key, value = values_of(index, [(1, 0)])
         capture.rows_change()
@@ -251,7 +300,7 @@ def test_rows_may_change_while_nothing_is_expected() -> None:
 def test_a_capture_is_armed_from_expect_until_the_pass_ends() -> None:
     capture = make_capture()
     assert not capture.is_armed
-    capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([0]))
+    expect(capture, "1", 0, num_tokens=2, offset=0, slots=torch.tensor([0]))
     assert capture.is_armed
     capture.end_pass()
     assert not capture.is_armed
@@ -266,7 +315,7 @@ def test_writes_that_nobody_expects_are_ignored() -> None:
 
 def test_writes_of_other_layers_are_ignored() -> None:
     capture, written = make_capture(), Pass()
-    capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([0, 1]))
+    expect(capture, "1", 0, num_tokens=2, offset=0, slots=torch.tensor([0, 1]))
     capture.on_kv_write(
         "draft.attn", torch.ones(2, 2, 4), torch.ones(2, 2, 4), torch.tensor([0, 1])
     )
@@ -277,11 +326,11 @@ def test_writes_of_other_layers_are_ignored() -> None:
 
 def test_slots_that_are_used_again_in_a_later_pass_are_not_taken_again() -> None:
     capture = make_capture()
-    capture.expect("1", 0, num_tokens=4, offset=0, slots=torch.tensor([0, 1]))
+    expect(capture, "1", 0, num_tokens=4, offset=0, slots=torch.tensor([0, 1]))
     first, second = Pass(), Pass()
     first.add(1, Span(0, 2), [0, 1])
     first.write(capture)
-    capture.expect("1", 0, num_tokens=4, offset=2, slots=torch.tensor([2, 3]))
+    expect(capture, "1", 0, num_tokens=4, offset=2, slots=torch.tensor([2, 3]))
     second.add(1, Span(2, 4), [2, 3])
     second.add(8, Span(0, 2), [0, 1])
     second.write(capture)
@@ -290,24 +339,26 @@ def test_slots_that_are_used_again_in_a_later_pass_are_not_taken_again() -> None
 
 def test_a_captured_segment_is_a_copy() -> None:
     capture = make_capture()
-    capture.expect("1", 0, num_tokens=1, offset=0, slots=torch.tensor([3]))
+    expect(capture, "1", 0, num_tokens=1, offset=0, slots=torch.tensor([3]))
     key, value = values_of(0, [(1, 0)])
     written = key.clone()
     for layer in LAYERS:
         capture.on_kv_write(layer, key, value, torch.tensor([3]))
     capture.end_pass()
     key.zero_()
-    captured = capture.finish("1", 0)
-    assert captured is not None
-    assert torch.equal(captured.layers[0][0], written)
+    layers = stored(capture, "1", 0)
+    assert layers is not None
+    assert torch.equal(layers[0][0], written)
 
 
 def test_cancelling_a_request_gives_up_all_its_items_and_no_others() -> None:
     capture, written = make_capture(), Pass()
     for name, item, slot in (("1", 0, 0), ("1", 1, 1), ("11", 0, 2)):
-        capture.expect(name, item, num_tokens=1, offset=0, slots=torch.tensor([slot]))
+        expect(capture, name, item, num_tokens=1, offset=0, slots=torch.tensor([slot]))
+    before = store_of(SHAPE).usage().bytes_used
     capture.cancel("1")
     assert len(capture) == 1
+    assert store_of(SHAPE).usage().bytes_used < before
     written.add(1, Span(0, 2), [0, 1])
     written.add(11, Span(5, 6), [2])
     written.write(capture)
@@ -317,19 +368,19 @@ def test_cancelling_a_request_gives_up_all_its_items_and_no_others() -> None:
 
 def test_a_slot_that_is_not_written_spoils_the_segment() -> None:
     capture, written = make_capture(), Pass()
-    capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([3, 9]))
+    expect(capture, "1", 0, num_tokens=2, offset=0, slots=torch.tensor([3, 9]))
     written.add(1, Span(0, 2), [3, 8])
     written.write(capture)
-    assert not capture.finish("1", 0).valid
+    assert stored(capture, "1", 0) is None
 
 
 def test_a_cancelled_item_can_be_captured_anew() -> None:
     capture, first, second = make_capture(), Pass(), Pass()
-    capture.expect("1", 0, num_tokens=3, offset=0, slots=torch.tensor([0, 1]))
+    expect(capture, "1", 0, num_tokens=3, offset=0, slots=torch.tensor([0, 1]))
     first.add(1, Span(100, 102), [0, 1])
     first.write(capture)
     capture.cancel("1")
-    capture.expect("1", 0, num_tokens=3, offset=0, slots=torch.tensor([5, 6, 7]))
+    expect(capture, "1", 0, num_tokens=3, offset=0, slots=torch.tensor([5, 6, 7]))
     second.add(1, Span(0, 3), [5, 6, 7])
     second.write(capture)
     assert_captured(capture, 1, 0, Span(0, 3))
@@ -343,7 +394,7 @@ def test_cancelling_an_unknown_request_does_nothing() -> None:
 
 def test_keys_of_another_shape_are_refused() -> None:
     capture = make_capture()
-    capture.expect("1", 0, num_tokens=2, offset=0, slots=torch.tensor([0, 1]))
+    expect(capture, "1", 0, num_tokens=2, offset=0, slots=torch.tensor([0, 1]))
     with pytest.raises((RuntimeError, ValueError)):
         capture.on_kv_write(
             LAYERS[0], torch.ones(2, 2, 8), torch.ones(2, 2, 8), torch.tensor([0, 1])
@@ -356,21 +407,8 @@ WORKER_SHAPE = KVShape(
 
 
 @pytest.fixture
-def store() -> Iterator[LMCacheSegmentStore]:
-    shape = WORKER_SHAPE
-    made = LMCacheSegmentStore(
-        "org/model",
-        "print",
-        0,
-        1,
-        1 << 20,
-        shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        kv_dtype=shape.dtype,
-    )
-    yield made
-    made.close()
+def store() -> LMCacheSegmentStore:
+    return store_of(WORKER_SHAPE)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from vlcache_connector.attention.hook import KVWriteHook
 from vlcache_connector.attention.metadata import Row, slots_of
 from vlcache_connector.protocol import Blend, Item, ItemReuse, ReusePlan, Span, Stage
 from vlcache_connector.rope import RotarySpec
+from vlcache_connector.store import KVWriter
 from vlcache_connector.store.base import Segment, SegmentInfo
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker import blend as blend_module
@@ -172,7 +173,9 @@ class Engine:
     def __init__(self, *, max_tokens: int = 100) -> None:
         self.layer_names = NAMES
         self.layers: list[Any] = [SimpleNamespace(impl=_Impl(), kv_cache={}) for _ in NAMES]
-        self.capture = SegmentCapture(NAMES, SHAPE, torch.device("cpu"))
+        self.captured: dict[str, Tensor] = {}
+        """KV that is being captured, by key: [num_layers, 2, n, kv_heads, head_dim]."""
+        self.capture = SegmentCapture(NAMES, SHAPE, torch.device("cpu"), self.open_segment)
         self.forwards: list[Forward] = []
         self.injection = Injection(NUM_LAYERS)
         self.writes_keys = True
@@ -180,6 +183,11 @@ class Engine:
         self.prefill = SparsePrefill(
             model, model, self.capture, max_tokens=max_tokens, block_size=BLOCK
         )
+
+    def open_segment(self, key: str, positions: Tensor) -> KVWriter:
+        kv = torch.full((NUM_LAYERS, 2, positions.shape[1], HEADS, DIM), torch.nan)
+        self.captured[key] = kv
+        return KVWriter(key, list(kv), lambda valid: kv.nbytes, lambda: None)
 
     def build(self, rows: Sequence[Row]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         slots = [slots_of(row.span, row.block_ids, BLOCK) for row in rows]
@@ -392,9 +400,10 @@ def test_items_that_are_computed_completely_are_captured(
             span = job.inputs.items[index].span
             assert captured is not None
             assert captured.valid
-            for layer, (key, value) in enumerate(captured.layers):
+            assert captured.writer.key == job.plan.captures[index]
+            for layer, kv in enumerate(engine.captured[captured.writer.key]):
                 expected = fresh_kv(layer, job.inputs.token_ids[span.start : span.end])
-                assert torch.equal(torch.stack([key, value]), expected)
+                assert torch.equal(kv, expected)
     assert len(engine.capture) == 0
 
 

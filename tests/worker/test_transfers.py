@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stored import put_kv
 
 from vlcache_connector.protocol import Fetched, FetchPlan, TierState
 from vlcache_connector.store import LMCacheSegmentStore
@@ -91,7 +92,7 @@ def transfers(
 
 def put(store: LMCacheSegmentStore, key: str, seed: int = 0) -> torch.Tensor:
     kv = torch.randn(LAYERS, 2, TOKENS, HEADS, DIM, generator=torch.Generator().manual_seed(seed))
-    assert store.put_kv(key, torch.arange(3 * TOKENS).view(3, TOKENS), [(k, v) for k, v in kv])
+    assert put_kv(store, key, torch.arange(3 * TOKENS).view(3, TOKENS), [(k, v) for k, v in kv])
     return kv
 
 

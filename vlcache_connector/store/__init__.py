@@ -2,6 +2,7 @@
 
 from vlcache_connector.store.base import (
     EncodedSegment,
+    KVWriter,
     Segment,
     SegmentInfo,
     SegmentStore,
@@ -13,6 +14,7 @@ from vlcache_connector.store.lmcache_store import LMCacheSegmentStore
 
 __all__ = [
     "EncodedSegment",
+    "KVWriter",
     "Kind",
     "LMCacheSegmentStore",
     "RefusalReason",

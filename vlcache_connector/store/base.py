@@ -108,6 +108,59 @@ class Segment:
         self.release()
 
 
+class KVWriter:
+    """A KV segment that is being written. Its memory is the store's: `finish` or `abandon` it.
+
+    Attributes:
+        key: content key.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        layers: Sequence[Tensor],
+        on_finish: Callable[[Tensor | None], int],
+        on_abandon: Callable[[], None],
+    ) -> None:
+        """Made by stores; one of the two is called, once."""
+        self.key = key
+        self._layers: Sequence[Tensor] | None = layers
+        self._on_finish = on_finish
+        self._on_abandon = on_abandon
+
+    def layer(self, layer: int) -> Tensor:
+        """Where K and V of a layer go: `[2, n, kv_heads, head_dim]` of the store's dtype in host
+        memory, pinned if there is an accelerator.
+
+        Copies on the store's side stream may still be on their way when `finish` or `abandon` is
+        called.
+        """
+        if self._layers is None:
+            raise RuntimeError(f"segment {self.key!r} is written")
+        return self._layers[layer]
+
+    def finish(self, valid: Tensor | None = None) -> int:
+        """Store what was written. It can be opened at once, which waits for it to arrive.
+
+        Args:
+            valid: bool [], any device: whether it is what it should be. If not, which may turn out
+                later, nothing is stored.
+
+        Returns:
+            Bytes taken; 0 if it could not be stored.
+        """
+        if self._layers is None:
+            return 0
+        self._layers = None
+        return self._on_finish(valid)
+
+    def abandon(self) -> None:
+        """Store nothing. Does nothing behind `finish`, or the second time."""
+        if self._layers is not None:
+            self._layers = None
+            self._on_abandon()
+
+
 class EncodedSegment:
     """A read handle on a segment's encoded objects, for copying them elsewhere from any thread.
 
@@ -172,33 +225,38 @@ class StoreCounters:
 
 
 class SegmentStore(ABC):
-    """Keeps segments by content key and kind. Once closed, it is empty, and `put_*`, `get`,
-    `usage` and `check_integrity` raise RuntimeError.
+    """Keeps segments by content key and kind. Once closed, it is empty, and `open_kv`, `put_*`,
+    `get`, `usage` and `check_integrity` raise RuntimeError.
     """
 
     counters: StoreCounters
 
     @abstractmethod
-    def put_kv(
-        self,
-        key: str,
-        positions: Tensor,
-        layers: Sequence[tuple[Tensor, Tensor]],
-        valid: Tensor | None = None,
-    ) -> int:
-        """Store a segment's KV; it replaces a segment of this key and kind.
-
-        The copying may go on after it returns; the segment can be opened all the same, which waits
-        for it. The tensors are not to be changed any more.
+    def open_kv(self, key: str, positions: Tensor) -> KVWriter | None:
+        """Begin to store a segment's post-RoPE KV; it replaces a segment of this key and kind.
 
         Args:
             key: content key.
             positions: the donor's base RoPE positions, any integer dtype, `[rows, n]` with 1 or 3
                 rows.
-            layers: post-RoPE K and V of every model layer, each `[n, kv_heads, head_dim]` in the
-                store's dtype, any device and strides.
-            valid: bool [], any device: whether they are what they should be. If not, which may
-                turn out later, nothing is stored.
+
+        Returns:
+            None if it can't be stored: no room, or too large for the store.
+
+        Raises:
+            ValueError: `positions` are not of the described form.
+        """
+
+    @abstractmethod
+    def put_encoder(self, key: str, rows: Tensor) -> int:
+        """Store the encoder's output for a segment; it replaces one of this key and kind.
+
+        The copying may go on after it returns; the segment can be opened all the same, which waits
+        for it. The tensor is not to be changed any more.
+
+        Args:
+            key: content key.
+            rows: `[n, width]`, any device and strides.
 
         Returns:
             Bytes taken; 0 if it could not be stored (no room, or too large for the store), and
@@ -209,16 +267,9 @@ class SegmentStore(ABC):
         """
 
     @abstractmethod
-    def put_encoder(self, key: str, rows: Tensor) -> int:
-        """Store the encoder's output for a segment, `[n, width]`, any device and strides.
-
-        Replaces, returns and raises as `put_kv`.
-        """
-
-    @abstractmethod
     def settle(self, *, waits: bool = False) -> list[tuple[str, Kind, bool]]:
-        """What `put_kv` and `put_encoder` have taken and has now been copied: key, kind, and
-        whether it is stored.
+        """What `KVWriter.finish` and `put_encoder` have taken and has now been copied: key, kind,
+        and whether it is stored.
 
         Args:
             waits: for all that is still being copied.
@@ -228,7 +279,7 @@ class SegmentStore(ABC):
     def put_encoded(self, key: str, kind: Kind, objects: Sequence[memoryview]) -> int:
         """Store a segment that comes encoded, after `check_encoded`.
 
-        Replaces and returns as `put_kv`.
+        Replaces and returns as `put_encoder`.
         """
 
     @abstractmethod
@@ -264,7 +315,7 @@ class SegmentStore(ABC):
 
     @abstractmethod
     def kv_bytes(self, num_tokens: int) -> int:
-        """Bytes `put_kv` takes at most for a segment of this many tokens if the store's free
+        """Bytes `open_kv` takes at most for a segment of this many tokens if the store's free
         memory is not fragmented, with keys of up to 256 ASCII characters.
         """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from torch import Tensor
 from vlcache_connector.store import codec
 from vlcache_connector.store.base import (
     EncodedSegment,
+    KVWriter,
     Segment,
     SegmentInfo,
     SegmentStore,
@@ -44,18 +45,49 @@ def object_id(key: str, kind: Kind, group: int) -> int:
 
 
 @dataclass(eq=False)
+class _Room:
+    """Objects of a segment that is being written."""
+
+    headers: Sequence[ObjectHeader]
+    objects: Sequence[MemoryObj]
+
+    @property
+    def key(self) -> str:
+        return self.headers[0].key
+
+    @property
+    def kind(self) -> Kind:
+        return self.headers[0].kind
+
+    @property
+    def ids(self) -> list[int]:
+        return _ids(self.headers)
+
+    def payloads(self) -> list[Tensor]:
+        """Where the layers or rows go, object by object."""
+        return [
+            codec.payload_view(obj.tensor, header)
+            for header, obj in zip(self.headers, self.objects, strict=True)
+        ]
+
+    def seal(self) -> None:
+        """All is written: complete the objects."""
+        for header, obj in zip(self.headers, self.objects, strict=True):
+            codec.seal(obj.tensor, header)
+
+
+@dataclass(eq=False)
 class _Arriving:
     """A segment that is being copied from the device.
 
     Attributes:
-        pairs: of the copies; their sources have to stay until these are done.
+        sources: of the copies, which have to stay until these are done.
         valid: bool [1] in host memory, once they are done; None: it is.
         sealed: done when the objects are complete.
     """
 
-    ids: list[int]
-    objects: list[MemoryObj]
-    pairs: list[Pair]
+    room: _Room
+    sources: Sequence[Tensor]
     valid: Tensor | None
     sealed: Future[None]
 
@@ -120,8 +152,9 @@ class LMCacheSegmentStore(SegmentStore):
         self._side = side
         self._sealer = ThreadPoolExecutor(1, "vlcache-seal") if side is not None else None
         self._arriving: dict[tuple[str, Kind], _Arriving] = {}
+        self._writing: list[_Room] = []
         self._unwanted: list[_Arriving] = []
-        """Removed while they were arriving."""
+        """Removed while they were arriving, or never finished."""
         self._settled: list[tuple[str, Kind, bool]] = []
         self._resident: dict[tuple[str, Kind], list[int]] = {}
         self._reading: dict[Segment | EncodedSegment, list[MemoryObj]] = {}
@@ -134,37 +167,48 @@ class LMCacheSegmentStore(SegmentStore):
             kv_dtype=kv_dtype,
         )
 
-    def put_kv(
-        self,
-        key: str,
-        positions: Tensor,
-        layers: Sequence[tuple[Tensor, Tensor]],
-        valid: Tensor | None = None,
-    ) -> int:
+    def open_kv(self, key: str, positions: Tensor) -> KVWriter | None:
         template = self._kv_layer(key, codec.pack_positions(positions), positions.shape[0])
-        form = (template.shape[2:], codec.DTYPES[self._kv_dtype])
-        forms = {(tuple(tensor.shape), tensor.dtype) for kv in layers for tensor in kv}
-        if len(layers) != self._num_layers or forms != {form}:
-            raise ValueError(
-                f"KV is {self._num_layers} layers of {form}, not {len(layers)} of {forms}"
-            )
+        room = self._make_room(template, self._num_layers)
+        if room is None:
+            return None
+        self._writing.append(room)
+        layers = [layer for payload in room.payloads() for layer in payload]
+        return KVWriter(
+            key, layers, lambda valid: self._finish(room, valid), lambda: self._abandon(room)
+        )
 
-        def fill(first: int, payload: Tensor) -> list[Pair]:
-            sources = zip(payload, layers[first:], strict=False)
-            return [(slot[side], kv[side]) for slot, kv in sources for side in (0, 1)]
+    def _finish(self, room: _Room, valid: Tensor | None) -> int:
+        self._writing.remove(room)
+        self.remove(room.key, room.kind)
+        if any(map(self._pool.contains, room.ids)):
+            self._give_back(room)
+            self.counters.put_failed += 1
+            return 0
+        return self._take_in(room, (), valid)
 
-        return self._put(template, self._num_layers, fill, layers[0][0].device, valid)
+    def _abandon(self, room: _Room) -> None:
+        self._writing.remove(room)
+        self._give_back(room)
+
+    def _give_back(self, room: _Room) -> None:
+        """Free the objects, as soon as no copy writes to them."""
+        if self._side is None or self._sealer is None:
+            release(room.objects)
+            return
+        written = self._side.copy((), self._side.mark())
+        self._unwanted.append(_Arriving(room, (), None, self._sealer.submit(written.synchronize)))
 
     def put_encoder(self, key: str, rows: Tensor) -> int:
         if rows.dim() != 2 or rows.numel() == 0:
             raise ValueError(f"encoder rows are [n, width], not {tuple(rows.shape)}")
-
-        def fill(first: int, payload: Tensor) -> list[Pair]:
-            return [(payload, rows[first : first + payload.shape[0]])]
-
         unit = self._unit("encoder", key, (1, rows.shape[1]), rows.shape[0])
         template = replace(unit, dtype=codec.dtype_name(rows.dtype))
-        return self._put(template, rows.shape[0], fill, rows.device)
+        room = self._make_room(template, rows.shape[0])
+        if room is None:
+            return 0
+        parts = rows.split([header.shape[0] for header in room.headers])
+        return self._take_in(room, list(zip(room.payloads(), parts, strict=True)))
 
     def settle(self, *, waits: bool = False) -> list[tuple[str, Kind, bool]]:
         if waits:
@@ -173,7 +217,7 @@ class LMCacheSegmentStore(SegmentStore):
             self._arrive(key, kind)
         for arriving in [it for it in self._unwanted if it.sealed.done()]:
             self._unwanted.remove(arriving)
-            release(arriving.objects)
+            release(arriving.room.objects)
         settled, self._settled = self._settled, []
         return settled
 
@@ -188,10 +232,11 @@ class LMCacheSegmentStore(SegmentStore):
         except Exception:
             logger.exception("Segment %s (%s) could not be copied from the device", key, kind)
             is_stored = False
+        room = arriving.room
         if is_stored:
-            self._keep(key, kind, arriving.ids, arriving.objects)
+            self._keep(key, kind, room.ids, room.objects)
         else:
-            release(arriving.objects)
+            release(room.objects)
             self.counters.put_failed += 1
         self._settled.append((key, kind, is_stored))
 
@@ -270,7 +315,8 @@ class LMCacheSegmentStore(SegmentStore):
         self._settled = self.settle(waits=True)
         used = self._pool.allocated_bytes
         require(used <= self._budget, f"{used} bytes used of {self._budget}")
-        self._pool.check_integrity(obj for objs in self._reading.values() for obj in objs)
+        borrowed = [*self._reading.values(), *(room.objects for room in self._writing)]
+        self._pool.check_integrity(obj for objects in borrowed for obj in objects)
         for (key, kind), ids in self._resident.items():
             objects: list[MemoryObj] = []
             try:
@@ -288,6 +334,9 @@ class LMCacheSegmentStore(SegmentStore):
             self._sealer.shutdown()
         for segment in list(self._reading):
             segment.release()
+        for room in self._writing:
+            release(room.objects)
+        self._writing.clear()
         self._resident.clear()
         self._pool.close()
 
@@ -313,45 +362,58 @@ class LMCacheSegmentStore(SegmentStore):
             num_tokens=num_tokens,
         )
 
-    def _put(
-        self,
-        template: ObjectHeader,
-        num_units: int,
-        fill: Callable[[int, Tensor], list[Pair]],
-        source: torch.device,
-        valid: Tensor | None = None,
-    ) -> int:
-        """Store a segment of layers or rows like `template` from `source`.
-
-        `fill` gets the index of a payload's first layer or row, and the payload, and says what is
-        to be copied there.
-        """
+    def _make_room(self, template: ObjectHeader, num_units: int) -> _Room | None:
+        """Objects for a segment of layers or rows like `template`, in place of one of its key."""
         self.remove(template.key, template.kind)
         for headers in groupings(template, num_units, self._max_object_bytes):
-            ids = [object_id(header.key, header.kind, header.group) for header in headers]
             sizes = [codec.encoded_size(header) for header in headers]
             # An id that is taken by now belongs to a segment of another key.
-            if not self._has_room(sizes) or any(map(self._pool.contains, ids)):
+            if not self._has_room(sizes) or any(map(self._pool.contains, _ids(headers))):
                 break
             objects = self._allocate(sizes)
-            if objects is None:  # the room is there, but in smaller pieces
-                continue
-            try:
-                pairs = self._pairs(headers, objects, fill)
-                if self._side is not None:
-                    arriving = self._send(self._side, ids, headers, objects, pairs, valid)
-                    self._arriving[template.key, template.kind] = arriving
-                    return sum(obj.get_physical_size() for obj in objects)
-                if not self._copy(headers, objects, pairs, source, valid):
-                    release(objects)
-                    break
-            except BaseException:
-                release(objects)
-                raise
-            self._settled.append((template.key, template.kind, True))
-            return self._keep(template.key, template.kind, ids, objects)
+            if objects is not None:
+                return _Room(headers, objects)
+            # The room is there, but in smaller pieces.
         self.counters.put_failed += 1
-        return 0
+        return None
+
+    def _take_in(self, room: _Room, pairs: Sequence[Pair], valid: Tensor | None = None) -> int:
+        """Keep a segment once `pairs` are copied, if it is valid then."""
+        if self._side is not None:
+            self._arriving[room.key, room.kind] = self._send(self._side, room, pairs, valid)
+            return sum(obj.get_physical_size() for obj in room.objects)
+        try:
+            is_valid = valid is None or bool(valid)
+            for target, source in pairs:
+                target.copy_(source)
+            room.seal()
+        except BaseException:
+            release(room.objects)
+            raise
+        if not is_valid:
+            release(room.objects)
+            self.counters.put_failed += 1
+            return 0
+        self._settled.append((room.key, room.kind, True))
+        return self._keep(room.key, room.kind, room.ids, room.objects)
+
+    def _send(
+        self, side: Side, room: _Room, pairs: Sequence[Pair], valid: Tensor | None
+    ) -> _Arriving:
+        """Copy on the side stream, behind what is copied there by now; a thread seals the objects
+        when all is there."""
+        assert self._sealer is not None
+        is_valid = None
+        if valid is not None:
+            is_valid = torch.empty(1, dtype=torch.bool, pin_memory=valid.is_cuda)
+            pairs = [*pairs, (is_valid, valid.view(1))]
+        arrived = side.copy(pairs, side.mark())
+
+        def seal() -> None:
+            arrived.synchronize()
+            room.seal()
+
+        return _Arriving(room, [source for _, source in pairs], is_valid, self._sealer.submit(seal))
 
     def _has_room(self, sizes: Sequence[int]) -> bool:
         return sum(map(_aligned, sizes)) <= self._budget - self._pool.allocated_bytes
@@ -363,59 +425,6 @@ class LMCacheSegmentStore(SegmentStore):
         self._pool.put(ids, objects)
         self._resident[key, kind] = ids
         return sum(obj.get_physical_size() for obj in objects)
-
-    @staticmethod
-    def _pairs(
-        headers: Sequence[ObjectHeader],
-        objects: Sequence[MemoryObj],
-        fill: Callable[[int, Tensor], list[Pair]],
-    ) -> list[Pair]:
-        first, pairs = 0, []
-        for header, obj in zip(headers, objects, strict=True):
-            pairs += fill(first, codec.payload_view(obj.tensor, header))
-            first += header.shape[0]
-        return pairs
-
-    @staticmethod
-    def _copy(
-        headers: Sequence[ObjectHeader],
-        objects: Sequence[MemoryObj],
-        pairs: Sequence[Pair],
-        source: torch.device,
-        valid: Tensor | None,
-    ) -> bool:
-        """Copy and seal at once; whether what was copied is valid."""
-        if valid is not None and not bool(valid):
-            return False
-        for target, tensor in pairs:
-            target.copy_(tensor, non_blocking=True)
-        if source.type != "cpu":  # the checksum reads what the copies wrote
-            torch.accelerator.current_stream(source).synchronize()
-        _seal(headers, objects)
-        return True
-
-    def _send(
-        self,
-        side: Side,
-        ids: list[int],
-        headers: Sequence[ObjectHeader],
-        objects: list[MemoryObj],
-        pairs: list[Pair],
-        valid: Tensor | None,
-    ) -> _Arriving:
-        """Begin to copy on the side stream; a thread seals the objects when they are there."""
-        assert self._sealer is not None
-        is_valid = None
-        if valid is not None:
-            is_valid = torch.empty(1, dtype=torch.bool, pin_memory=valid.is_cuda)
-            pairs = [*pairs, (is_valid, valid.view(1))]
-        arrived = side.copy(pairs, side.mark())
-
-        def seal() -> None:
-            arrived.synchronize()
-            _seal(headers, objects)
-
-        return _Arriving(ids, objects, pairs, is_valid, self._sealer.submit(seal))
 
     def _read(
         self, key: str, kind: Kind, objects: list[MemoryObj], *, verify: bool
@@ -461,9 +470,8 @@ class LMCacheSegmentStore(SegmentStore):
         release(self._reading.pop(segment))
 
 
-def _seal(headers: Sequence[ObjectHeader], objects: Sequence[MemoryObj]) -> None:
-    for header, obj in zip(headers, objects, strict=True):
-        codec.seal(obj.tensor, header)
+def _ids(headers: Sequence[ObjectHeader]) -> list[int]:
+    return [object_id(header.key, header.kind, header.group) for header in headers]
 
 
 def _aligned(num_bytes: int) -> int:

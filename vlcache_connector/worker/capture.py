@@ -1,20 +1,22 @@
-"""Collects the KV of segments while vLLM writes it, over one or more steps."""
+"""Copies the KV of segments to host memory while vLLM writes it, over one or more steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from ..streams import upload
+from ..store import KVWriter
+from ..streams import Outbox, Side, upload
 from ..support import KVShape
 
 
 @dataclass
 class _Capture:
-    kv: torch.Tensor
-    """[num_layers, 2, n, kv_heads, head_dim]"""
+    writer: KVWriter | None
+    """Where it goes; None if there is no room."""
+    num_tokens: int
     tokens: int = 0
     """Tokens whose KV was written in all layers."""
     found: list[torch.Tensor] = field(default_factory=list)
@@ -34,14 +36,14 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class Captured:
-    """A segment's KV.
+    """A segment all of whose tokens were computed.
 
     Attributes:
-        layers: K and V per layer, each [n, kv_heads, head_dim].
+        writer: to be finished or abandoned.
         valid: bool [] on the device, whether all expected slots were written.
     """
 
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    writer: KVWriter
     valid: torch.Tensor
 
 
@@ -50,30 +52,55 @@ class SegmentCapture:
 
     `expect` says, before a forward, which slots belong to which segment; `on_kv_write` copies
     those rows; `finish` hands over the complete segment.
+
+    Args:
+        layer_names: vLLM's, in order.
+        shape: of one token's KV.
+        device: of the model.
+        open_segment: where a segment of a key, at these positions [1 or 3, n], goes.
+        side: a stream for copies beside the model's own, if there is one.
     """
 
-    def __init__(self, layer_names: Sequence[str], shape: KVShape, device: torch.device) -> None:
+    def __init__(
+        self,
+        layer_names: Sequence[str],
+        shape: KVShape,
+        device: torch.device,
+        open_segment: Callable[[str, torch.Tensor], KVWriter | None],
+        side: Side | None = None,
+    ) -> None:
         self._layer_index = {name: index for index, name in enumerate(layer_names)}
         self._shape = shape
         self._device = device
+        self._open_segment = open_segment
+        self._outbox = Outbox(side, device) if side is not None else None
         self._captures: dict[tuple[str, int], _Capture] = {}
         self._wanted: list[_Wanted] = []
         self._rows: torch.Tensor | None = None
         self._layers_written = 0
 
     def expect(
-        self, req_id: str, item: int, *, num_tokens: int, offset: int, slots: torch.Tensor
+        self,
+        req_id: str,
+        item: int,
+        key: str,
+        positions: torch.Tensor,
+        *,
+        offset: int,
+        slots: torch.Tensor,
     ) -> None:
-        """The next forward writes tokens `offset...` of an item of `num_tokens` to `slots`."""
+        """The next forward writes tokens `offset...` of an item to `slots`.
+
+        Args:
+            key: to store the item under.
+            positions: of all its tokens, [1 or 3, n].
+        """
         capture = self._captures.get((req_id, item))
         if capture is None:
-            shape = self._shape
-            kv = torch.empty(
-                (shape.num_layers, 2, num_tokens, shape.num_kv_heads, shape.head_dim),
-                dtype=shape.dtype,
-                device=self._device,
-            )
-            capture = self._captures[req_id, item] = _Capture(kv)
+            writer = self._open_segment(key, positions)
+            capture = self._captures[req_id, item] = _Capture(writer, positions.shape[1])
+        if capture.writer is None:
+            return
         self._wanted.append(_Wanted(capture, offset, upload(slots, self._device)))
 
     def on_kv_write(
@@ -100,11 +127,29 @@ class SegmentCapture:
         for part in self._wanted:
             count = len(part.slots)
             rows = self._rows[start : start + count]
-            target = part.capture.kv[index, :, part.offset : part.offset + count]
-            torch.index_select(key, 0, rows, out=target[0])
-            torch.index_select(value, 0, rows, out=target[1])
+            assert part.capture.writer is not None
+            target = part.capture.writer.layer(index)[:, part.offset : part.offset + count]
+            self._copy(target, key, value, rows)
             start += count
         self._layers_written += 1
+
+    def _copy(
+        self, target: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor
+    ) -> None:
+        """Copy `rows` to `target` [2, n, kv_heads, head_dim] on the host."""
+        if self._outbox is not None:
+
+            def gather(view: torch.Tensor, part: slice) -> None:
+                torch.index_select(key, 0, rows[part], out=view[0])
+                torch.index_select(value, 0, rows[part], out=view[1])
+
+            self._outbox.send(target, gather)
+        elif key.device == target.device:
+            torch.index_select(key, 0, rows, out=target[0])
+            torch.index_select(value, 0, rows, out=target[1])
+        else:
+            target[0].copy_(key.index_select(0, rows))
+            target[1].copy_(value.index_select(0, rows))
 
     def rows_change(self) -> None:
         """The layers that come next write other rows than those before."""
@@ -117,6 +162,8 @@ class SegmentCapture:
 
     def end_pass(self) -> None:
         """The forward is over, or has failed; nothing is expected any more."""
+        if self._outbox is not None:
+            self._outbox.flush()
         if self._layers_written == len(self._layer_index):
             for part in self._wanted:
                 part.capture.tokens += len(part.slots)
@@ -127,15 +174,20 @@ class SegmentCapture:
     def finish(self, req_id: str, item: int) -> Captured | None:
         """A segment all of whose tokens were computed; None when any of it was missed."""
         capture = self._captures.pop((req_id, item), None)
-        if capture is None or capture.tokens != capture.kv.shape[2]:
+        if capture is None or capture.writer is None:
             return None
-        layers = [(layer[0], layer[1]) for layer in capture.kv]
-        return Captured(layers, torch.stack(capture.found).all())
+        if capture.tokens != capture.num_tokens:
+            capture.writer.abandon()
+            return None
+        return Captured(capture.writer, torch.stack(capture.found).all())
 
     def cancel(self, req_id: str) -> None:
-        """Give up all of a request's captures."""
-        for key in [key for key in self._captures if key[0] == req_id]:
-            del self._captures[key]
+        """Give up all of a request's captures, between two passes or before one."""
+        for name in [name for name in self._captures if name[0] == req_id]:
+            capture = self._captures.pop(name)
+            self._wanted = [part for part in self._wanted if part.capture is not capture]
+            if capture.writer is not None:
+                capture.writer.abandon()
 
     def __len__(self) -> int:
         return len(self._captures)

@@ -37,6 +37,10 @@ class RequestInputs:
     positions: torch.Tensor
     items: dict[int, Item]
 
+    def positions_of(self, item: Item) -> torch.Tensor:
+        """An item's own positions, int64 [3 or 1, n]."""
+        return self.positions[:, item.span.start : item.span.end]
+
 
 @dataclass(frozen=True)
 class PrefillJob:
@@ -279,7 +283,8 @@ class SparsePrefill:
             self._capture.expect(
                 job.plan.req_id,
                 item.index,
-                num_tokens=len(item.span),
+                job.plan.captures[item.index],
+                job.inputs.positions_of(item),
                 offset=part.start - item.span.start,
                 slots=torch.from_numpy(slots_of(part, job.plan.block_ids, self._block_size)),
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.platforms import current_platform
 
 from ..protocol import Fetched, FetchPlan, TierState
-from ..store import Kind, LMCacheSegmentStore, Segment, SegmentStore
+from ..store import Kind, KVWriter, LMCacheSegmentStore, Segment, SegmentStore
 from ..streams import Leaving, Side, make_side
 from ..support import config_of, engine_id, kv_shape, model_fingerprint
 from ..tiers import open_tiers
@@ -60,15 +60,14 @@ class Storage:
         self._device = device
         self._transfers = transfers
 
-    def put_kv(
-        self,
-        key: str,
-        positions: Tensor,
-        layers: Sequence[tuple[Tensor, Tensor]],
-        valid: Tensor | None = None,
-    ) -> bool:
-        """Store a KV segment, see `SegmentStore.put_kv`; whether there was room."""
-        return self._put(key, self.host.put_kv(key, positions, layers, valid))
+    def open_kv(self, key: str, positions: Tensor) -> KVWriter | None:
+        """Begin to store a KV segment, see `SegmentStore.open_kv`; `keep_kv` ends it."""
+        self._forget_copy(key)
+        return self.host.open_kv(key, positions)
+
+    def keep_kv(self, writer: KVWriter, valid: Tensor) -> bool:
+        """Store a segment that was written, see `KVWriter.finish`; whether it is."""
+        return self._put(writer.key, writer.finish(valid))
 
     def put_encoder(self, key: str, rows: Tensor) -> bool:
         """Store encoder rows, see `SegmentStore.put_encoder`; whether there was room."""

@@ -25,6 +25,7 @@ from ..protocol import (
     StepReport,
     WorkerState,
 )
+from ..store import KVWriter
 from ..support import KVShape, UnsupportedError
 from .capture import SegmentCapture
 from .fused_write import choose_write
@@ -86,7 +87,9 @@ class WorkerSide:
         self._device = device
         write = choose_write(model.layers.values(), model.rotary, shape.dtype, device)
         self._loader = Loader(storage, model, shape, device, write)
-        self._capture = SegmentCapture(model.layer_names, shape, device)
+        self._capture = SegmentCapture(
+            model.layer_names, shape, device, self._open_segment, storage.side
+        )
         self._layer_index = {name: index for index, name in enumerate(model.layer_names)}
         self._prefill = SparsePrefill(
             model,
@@ -143,17 +146,26 @@ class WorkerSide:
             if capture.req_id not in self._requests:
                 self._report.lost.add(capture.key)
                 continue
-            item = self._requests[capture.req_id].items[capture.item]
+            inputs = self._requests[capture.req_id]
+            item = inputs.items[capture.item]
             slots = slots_of(capture.span, capture.block_ids, self._shape.block_size)
             self._capture.expect(
                 capture.req_id,
                 capture.item,
-                num_tokens=len(item.span),
+                capture.key,
+                inputs.positions_of(item),
                 offset=capture.span.start - item.span.start,
                 slots=torch.from_numpy(slots),
             )
             if capture.span.end == item.span.end:
                 self._completed.append((capture.req_id, capture.item, capture.key))
+
+    def _open_segment(self, key: str, positions: torch.Tensor) -> KVWriter | None:
+        try:
+            return self._storage.open_kv(key, positions)
+        except Exception:
+            logger.exception("VLCache: no room could be made for segment %s", key[:16])
+            return None
 
     def load(self, plans: Sequence[ReusePlan]) -> None:
         """Fill the KV of all claims, before vLLM's own forward.
@@ -231,7 +243,7 @@ class WorkerSide:
                 finally:
                     self._loader.finish([loaded])
                 [(item, key)] = plan.captures.items()
-                self._store_captured(context.req_id, inputs[context.req_id], item, key)
+                self._store_captured(context.req_id, item, key)
             except Exception:
                 logger.exception("VLCache: canonical donor not computed")
                 self._report.failed("canonical")
@@ -278,20 +290,12 @@ class WorkerSide:
         self._capture.end_pass()
         completed, self._completed = self._completed, []
         for req_id, item, key in completed:
-            self._store_captured(req_id, self._requests.get(req_id), item, key)
+            self._store_captured(req_id, item, key)
 
-    def _store_captured(
-        self, req_id: str, inputs: RequestInputs | None, item: int, key: str
-    ) -> None:
+    def _store_captured(self, req_id: str, item: int, key: str) -> None:
         try:
             captured = self._capture.finish(req_id, item)
-            if inputs is None:
-                raise RuntimeError(f"request {req_id} is unknown")
-            span = inputs.items[item].span
-            base = inputs.positions[:, span.start : span.end]
-            stored = captured is not None and self._storage.put_kv(
-                key, base, captured.layers, captured.valid
-            )
+            stored = captured is not None and self._storage.keep_kv(captured.writer, captured.valid)
         except Exception:
             logger.exception("VLCache: segment of request %s could not be stored", req_id)
             stored = False
