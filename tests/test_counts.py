@@ -89,6 +89,18 @@ def test_warm_request_runs_no_encoder_and_only_text_and_recompute_sets(engine: E
     assert figures["computed_tokens"] == text + figures["recomputed_tokens"]
 
 
+def test_model_runner_v2_runs_no_encoder_for_a_warm_request(
+    engines: Callable[..., Engine],
+) -> None:
+    engine = engines({}, runner="V2")
+    engine.ask(Ask(f"donor {IMAGE} and {IMAGE}", (A, B)))
+    engine.call(forget_vllms_encoder_cache)
+    counts = engine.call(count, [Ask(f"both again {IMAGE} and {IMAGE} moved", (B, A))])
+    assert counts["encoder"] == 0
+    assert counts["sparse_passes"] == 1
+    assert counts["sparse_tokens"] == counts["reported"]
+
+
 def test_known_image_without_kv_still_runs_no_encoder(engine: Engine) -> None:
     engine.call(forget_segments)
     counts = engine.call(count, [Ask(f"KV gone {IMAGE} rows kept", (A,))])

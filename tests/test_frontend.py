@@ -1,4 +1,4 @@
-"""The connector opens no door in vLLM's frontend that was closed without it."""
+"""One flag turns on both halves, and opens no door that was closed without it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vlcache_connector import register
@@ -16,10 +17,55 @@ ENCODER = {"ec_connector": "VLCacheEncoderConnector", "ec_role": "ec_both"}
 FOREIGN = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 
-def multimodal_config(model: Path, **arguments: Any) -> Any:
+def engine_config(model: Path, **arguments: Any) -> VllmConfig:
     register()
-    config = EngineArgs(model=str(model), max_model_len=1024, **arguments).create_engine_config()
-    return config.model_config.multimodal_config
+    return EngineArgs(model=str(model), max_model_len=1024, **arguments).create_engine_config()
+
+
+def multimodal_config(model: Path, **arguments: Any) -> Any:
+    return engine_config(model, **arguments).model_config.multimodal_config
+
+
+@pytest.mark.parametrize(
+    ("kv_role", "ec_role"),
+    [("kv_both", "ec_both"), ("kv_producer", "ec_both"), ("kv_consumer", "ec_consumer")],
+)
+def test_the_kv_half_turns_on_the_encoder_half(
+    tiny_model: Callable[..., Path], kv_role: str, ec_role: str
+) -> None:
+    config = engine_config(tiny_model(), kv_transfer_config=VLCACHE | {"kv_role": kv_role})
+    kv, ec = config.kv_transfer_config, config.ec_transfer_config
+    assert kv is not None
+    assert ec is not None
+    assert (ec.ec_connector, ec.ec_role) == ("VLCacheEncoderConnector", ec_role)
+    assert ec.engine_id == kv.engine_id
+
+
+@pytest.mark.parametrize(
+    "transfer",
+    [FOREIGN, VLCACHE | {"kv_connector_extra_config": {"enabled": False}}],
+    ids=["another connector", "switched off"],
+)
+def test_nothing_else_does(tiny_model: Callable[..., Path], transfer: dict[str, Any]) -> None:
+    assert engine_config(tiny_model(), kv_transfer_config=transfer).ec_transfer_config is None
+
+
+def test_an_encoder_connector_of_the_users_stays(tiny_model: Callable[..., Path]) -> None:
+    config = engine_config(
+        tiny_model(),
+        kv_transfer_config=VLCACHE,
+        ec_transfer_config=ENCODER | {"ec_connector": "ECExampleConnector"},
+    )
+    assert config.ec_transfer_config is not None
+    assert config.ec_transfer_config.ec_connector == "ECExampleConnector"
+
+
+def test_a_wrong_option_is_refused_before_anything_is_loaded(
+    tiny_model: Callable[..., Path],
+) -> None:
+    transfer = VLCACHE | {"kv_connector_extra_config": {"cpu_byte": 1}}
+    with pytest.raises(ValueError, match="unknown key cpu_byte=1; allowed keys: enabled"):
+        engine_config(tiny_model(), kv_transfer_config=transfer)
 
 
 @pytest.mark.parametrize(

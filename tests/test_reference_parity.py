@@ -74,8 +74,8 @@ def make_case(
     references: Callable[[str], Reference],
     image_placeholder: Callable[[str], str],
 ) -> Callable[[str, dict[str, Any]], Case]:
-    def make(arch: str, vlcache: dict[str, Any]) -> Case:
-        engine, reference = engines({}, arch), references(arch)
+    def make(arch: str, vlcache: dict[str, Any], **arguments: Any) -> Case:
+        engine, reference = engines({}, arch, **arguments), references(arch)
         image = image_placeholder(arch)
         # Salts make donors of one case invisible to the others.
         salt = f"{arch}-{vlcache}"
@@ -119,6 +119,16 @@ def test_first_k_equals_the_reference(
     assert case.actual.figures["recomputed_tokens"] == sum(map(len, recompute.values()))
     if ratio < 0.5:
         case.assert_differs_from_a_full_prefill()
+
+
+def test_model_runner_v2_equals_the_reference_with_deepstack(
+    make_case: Callable[..., Case],
+) -> None:
+    case = make_case("qwen3_vl", {"recompute_ratio": 0.1}, runner="V2")
+    case.assert_equals_the_reference(
+        {index: list(selected(n, 0.1)) for index, n in enumerate(case.lengths())}
+    )
+    case.assert_differs_from_a_full_prefill()
 
 
 def tapered(num_layers: int) -> list[float]:
