@@ -230,7 +230,9 @@ def run_exact(args: argparse.Namespace, console: Console) -> tuple[list[Outcome]
     """The exactness mode: outcomes, and lines of Markdown."""
     on_cpu = args.device == "cpu"
     cells = (
-        gpu_exact.CPU_CELLS if on_cpu else gpu_exact.make_cells(args.backends or gpu_exact.BACKENDS)
+        [gpu_exact.CPU_CELL]
+        if on_cpu
+        else gpu_exact.make_cells(args.backends or gpu_exact.BACKENDS)
     )
     head = ("cell", "check", "result", "largest difference of log-probs, and what is allowed")
     outcomes = run_cells(
