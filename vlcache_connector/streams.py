@@ -345,12 +345,12 @@ class Outbox:
 
     def flush(self) -> None:
         """Queue the copies of all that was sent."""
-        if not self._pairs:
+        pairs, self._pairs = self._pairs, []
+        if not pairs:
             return
-        self._sent[self._current] = self._side.copy(self._pairs, self._side.mark())
+        self._sent[self._current] = self._side.copy(pairs, self._side.mark())
         self._current = (self._current + 1) % _OUTBOX_SLOTS
         self._used = 0
-        self._pairs = []
 
 
 class StagedSegment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from unordered_device import Device
 from vllm.config import CacheConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
@@ -23,6 +25,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vlcache_connector.attention import hook
 from vlcache_connector.protocol import CapturePlan, Item, RequestContext, Span, StepPlan
 from vlcache_connector.store import LMCacheSegmentStore
+from vlcache_connector.streams import Side
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker.capture import SegmentCapture
 from vlcache_connector.worker.pace import Pace
@@ -38,20 +41,26 @@ SHAPE = KVShape(
 _stores: dict[KVShape, LMCacheSegmentStore] = {}
 
 
-def store_of(shape: KVShape) -> LMCacheSegmentStore:
+def make_store(shape: KVShape, side: Side | None = None) -> LMCacheSegmentStore:
     """A store of 1 MiB."""
+    return LMCacheSegmentStore(
+        "org/model",
+        "print",
+        0,
+        1,
+        1 << 20,
+        shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        kv_dtype=shape.dtype,
+        side=side,
+    )
+
+
+def store_of(shape: KVShape) -> LMCacheSegmentStore:
+    """One store for all tests."""
     if shape not in _stores:
-        _stores[shape] = LMCacheSegmentStore(
-            "org/model",
-            "print",
-            0,
-            1,
-            1 << 20,
-            shape.num_layers,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            kv_dtype=shape.dtype,
-        )
+        _stores[shape] = make_store(shape)
     return _stores[shape]
 
 
@@ -399,6 +408,44 @@ def test_keys_of_another_shape_are_refused() -> None:
         capture.on_kv_write(
             LAYERS[0], torch.ones(2, 2, 8), torch.ones(2, 2, 8), torch.tensor([0, 1])
         )
+
+
+class BrokenSide(Device):
+    def copy(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("no copies any more")
+
+
+def test_rows_that_could_not_leave_are_not_taken_for_captured() -> None:
+    capture = SegmentCapture(
+        LAYERS, SHAPE, torch.device("cpu"), store_of(SHAPE).open_kv, BrokenSide(0)
+    )
+    expect(capture, "1", 0, num_tokens=2, offset=0, slots=torch.tensor([0, 1]))
+    written = Pass()
+    written.add(1, Span(0, 2), [0, 1])
+    with pytest.raises(RuntimeError, match="no copies"):
+        written.write(capture)
+    assert not capture.is_armed
+    assert stored(capture, "1", 0) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_leave_on_the_side_stream(seed: int) -> None:
+    device = Device(seed)
+    with contextlib.closing(make_store(SHAPE, device)) as store:
+        capture = SegmentCapture(LAYERS, SHAPE, torch.device("cpu"), store.open_kv, device)
+        for offset in (0, 2):
+            slots = [7 - offset, 3 + offset]
+            expect(capture, "1", 0, num_tokens=4, offset=offset, slots=torch.tensor(slots))
+            written = Pass()
+            written.add(1, Span(offset, offset + 2), slots)
+            written.write(capture)
+        captured = capture.finish("1", 0)
+        assert captured is not None
+        assert captured.writer.finish(captured.valid) > 0
+        with store.get("1/0", "kv") as segment:
+            for layer in range(len(LAYERS)):
+                found = torch.stack(segment.layer(layer))
+                assert torch.equal(found, values_of(layer, [(1, token) for token in range(4)]))
 
 
 WORKER_SHAPE = KVShape(

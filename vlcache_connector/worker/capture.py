@@ -162,14 +162,16 @@ class SegmentCapture:
 
     def end_pass(self) -> None:
         """The forward is over, or has failed; nothing is expected any more."""
-        if self._outbox is not None:
-            self._outbox.flush()
-        if self._layers_written == len(self._layer_index):
-            for part in self._wanted:
-                part.capture.tokens += len(part.slots)
-        self._wanted.clear()
-        self._rows = None
-        self._layers_written = 0
+        try:
+            if self._outbox is not None:
+                self._outbox.flush()
+            if self._layers_written == len(self._layer_index):
+                for part in self._wanted:
+                    part.capture.tokens += len(part.slots)
+        finally:
+            self._wanted.clear()
+            self._rows = None
+            self._layers_written = 0
 
     def finish(self, req_id: str, item: int) -> Captured | None:
         """A segment all of whose tokens were computed; None when any of it was missed."""

@@ -263,9 +263,18 @@ class WorkerSide:
             self._capture.on_kv_write(layer_name, key, value, slots)
         except Exception:
             # vLLM's own forward is running: it must not notice.
-            self._report.failed("capture")
-            logger.exception("VLCache: capture failed; the segments are not stored")
+            self._capture_failed()
+            self._end_captures()
+
+    def _end_captures(self) -> None:
+        try:
             self._capture.end_pass()
+        except Exception:
+            self._capture_failed()
+
+    def _capture_failed(self) -> None:
+        self._report.failed("capture")
+        logger.exception("VLCache: capture failed; the segments are not stored")
 
     def _give_up(self, plan: ReusePlan) -> None:
         first = plan.claim.start // self._shape.block_size
@@ -287,7 +296,7 @@ class WorkerSide:
             num_tokens: tokens that vLLM's own forward computed.
         """
         self._pace.end(num_tokens)
-        self._capture.end_pass()
+        self._end_captures()
         completed, self._completed = self._completed, []
         for req_id, item, key in completed:
             self._store_captured(req_id, item, key)
