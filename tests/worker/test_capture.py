@@ -434,7 +434,7 @@ def test_rows_leave_on_the_side_stream(seed: int) -> None:
     with contextlib.closing(make_store(SHAPE, device)) as store:
         capture = SegmentCapture(LAYERS, SHAPE, torch.device("cpu"), store.open_kv, device)
         for offset in (0, 2):
-            slots = [7 - offset, 3 + offset]
+            slots = [9 - offset, 1 + offset]
             expect(capture, "1", 0, num_tokens=4, offset=offset, slots=torch.tensor(slots))
             written = Pass()
             written.add(1, Span(offset, offset + 2), slots)
