@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import eval_accuracy as evaluation
 import numpy as np
 import pytest
 from PIL import Image
+from quick_start import QUICK_START
 from rich.console import Console
 
 from vlcache_connector.calibration import RELATIONS, relation_of
@@ -367,7 +369,10 @@ def test_real_engine(untrained_model: Path, tmp_path: Path) -> None:
         ),
     ]
     samples = _samples(tmp_path)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = os.environ | QUICK_START
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         while process.poll() is None and not (
             samples.exists() and '"timing"' in samples.read_text()
@@ -382,7 +387,9 @@ def test_real_engine(untrained_model: Path, tmp_path: Path) -> None:
     with samples.open("a") as file:
         file.write('{"timing": ')
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     lines = samples.read_text().splitlines()
     assert lines[: len(before)] == before
