@@ -11,6 +11,8 @@ export HF_HUB_OFFLINE=1
 export VLLM_NO_USAGE_STATS=1
 export DO_NOT_TRACK=1
 export LMCACHE_TRACK_USAGE=false
+# Dozens of processes import vLLM: none has to compile its modules anew.
+unset PYTHONDONTWRITEBYTECODE
 # Without a GPU, Triton kernels run in Triton's interpreter.
 if [ "$device" = cpu ]; then export TRITON_INTERPRET=1; fi
 

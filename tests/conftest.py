@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,12 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 from engine import IMAGE, Engine  # noqa: E402
 from local_redis import LocalRedis, find_server  # noqa: E402
 from make_tiny_model import make_tiny_model  # noqa: E402
+from quick_start import KV_BLOCKS, QUICK_START  # noqa: E402
+from serving import VLLMServer  # noqa: E402
 
 MODELS = ROOT / ".cache" / "models"
+ENGINES = max(2, 6 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+"""How many engines, of about 1.1 GB each, stay alive in each process that runs tests."""
 
 
 @pytest.fixture(scope="session")
@@ -62,19 +68,53 @@ def image_placeholder() -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def engines(tiny_model: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
-    """Engines by their arguments; the most recent ones stay alive."""
+    """Engines by their arguments; those asked for most often stay alive."""
     alive: dict[str, Engine] = {}
+    asked_for: Counter[str] = Counter()
 
     def get(connector: dict[str, Any] | None, arch: str = "qwen2_5_vl", **arguments: Any) -> Engine:
         key = json.dumps([connector, arch, arguments], sort_keys=True, default=str)
         if key not in alive:
-            while len(alive) >= 4:
-                alive.pop(next(iter(alive))).close()
+            while len(alive) >= ENGINES:
+                alive.pop(min(alive, key=lambda each: asked_for[each])).close()
+            arguments.setdefault("num_gpu_blocks_override", KV_BLOCKS)
             alive[key] = Engine(tiny_model(arch), connector, **arguments)
-        # Kept in order of use.
+        asked_for[key] += 1
+        # Among those asked for equally often, the latest one stays.
         alive[key] = alive.pop(key)
         return alive[key]
 
     yield get
     for engine in alive.values():
         engine.close()
+
+
+@pytest.fixture(scope="session")
+def serve(tiny_model: Callable[..., Path]) -> Callable[..., VLLMServer]:
+    """A server of the tiny model, by its configuration and the file for its log."""
+
+    def make(config: Path, log_path: Path, **env: str) -> VLLMServer:
+        return VLLMServer(
+            tiny_model(),
+            extra_args=[
+                *("--config", str(config), "--enforce-eager", "--max-model-len", "8192"),
+                *("--num-gpu-blocks-override", str(KV_BLOCKS)),
+            ],
+            log_path=log_path,
+            env=QUICK_START | env,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cpu_server(
+    serve: Callable[..., VLLMServer], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VLLMServer]:
+    """The tiny model, served with configs/cpu.yaml: for all tests that ask for no other server."""
+    from deployment import CONFIGS, SMALL, with_options  # imports vLLM
+
+    folder = tmp_path_factory.mktemp("cpu")
+    config = with_options(CONFIGS / "cpu.yaml", folder, **SMALL)
+    with serve(config, folder / "server.log") as server:
+        yield server

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import multiprocessing.context
 import os
@@ -273,6 +274,8 @@ def _serve(
             # vLLM compiles the gathering of log-probs all the same, which takes seconds.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
             torch._dynamo.config.disable = True
+        # vLLM collects garbage several times while it starts: not what was imported before.
+        gc.freeze()
         from vllm import LLM
 
         llm = LLM(model=model, **arguments)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from engine import IMAGE, Answer, Ask, Engine
 from local_redis import LocalRedis, find_server
+from quick_start import KV_BLOCKS
 
 A, B = (171, 224), (172, 336, 224)
 DONOR = Ask(f"see {IMAGE} and {IMAGE}", (A, B))
@@ -25,6 +26,13 @@ def flush(llm: Any) -> bool:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     return get_kv_transfer_group()._worker._storage.flush(30.0)
+
+
+def forget(llm: Any) -> None:
+    """Empty all memory: vLLM's caches and VLCache's, as in a node that has just started."""
+    assert flush(llm)
+    llm.llm_engine.reset_encoder_cache()
+    assert llm.reset_prefix_cache(reset_connector=True)
 
 
 def events(llm: Any) -> dict[str, int]:
@@ -90,7 +98,8 @@ def start(tiny_model: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
                 **connector,
             },
         }
-        alive.append(Engine(tiny_model(), None, kv_transfer_config=transfer, **arguments))
+        arguments |= {"kv_transfer_config": transfer, "num_gpu_blocks_override": KV_BLOCKS}
+        alive.append(Engine(tiny_model(), None, **arguments))
         return alive[-1]
 
     yield make
@@ -113,7 +122,6 @@ def test_disk_survives_a_restart_and_refuses_what_is_damaged(
     [again] = second.ask(Ask(f"once more {IMAGE} and {IMAGE}", (B, A)))
     assert again.figures is not None
     assert again.figures["tier"] == "cpu"
-    second.close()
 
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 4096]
     assert files
@@ -123,10 +131,10 @@ def test_disk_survives_a_restart_and_refuses_what_is_damaged(
             byte = file.read(1)
             file.seek(-1, 1)
             file.write(bytes([byte[0] ^ 1]))
-    third = start(connector)
-    [answer] = third.ask(MOVED)
+    second.call(forget)
+    [answer] = second.ask(MOVED)
     assert_recomputed(answer, engines)
-    assert third.call(events)["disk.read.refused_checksum"] >= 2
+    assert second.call(events)["disk.read.refused_checksum"] >= 2
 
 
 @needs_redis
@@ -162,7 +170,6 @@ def test_nodes_that_differ_share_nothing(start: Callable[..., Engine], redis: Lo
     connector = {"redis_url": redis.url, "fetch_deadline_seconds": 20.0}
     node = start(connector)
     store_images(node)
-    node.close()
     two_ranks = {
         "tensor_parallel_size": 2,
         "distributed_executor_backend": "mp",
@@ -181,8 +188,9 @@ def test_nodes_that_differ_share_nothing(start: Callable[..., Engine], redis: Lo
         stranger.close()
         assert answer.figures is not None
         assert answer.figures["reused_tokens"] == 0, (ours, theirs)
-    # The same node anew does find it.
-    [answer] = start(connector).ask(MOVED)
+    # The node itself does find it.
+    node.call(forget)
+    [answer] = node.ask(MOVED)
     assert answer.figures is not None
     assert answer.figures["tier"] == "redis"
     assert answer.figures["reused_tokens"] > 0
@@ -196,9 +204,11 @@ def test_salts_are_separate_and_unsalted_requests_can_be_left_out(
     node = start(connector)
     store_images(node, Ask(DONOR.text, DONOR.images, cache_salt="ann"))
     store_images(node)
+    other = start(connector)
 
     def reused(salt: str | None) -> int:
-        [answer] = start(connector).ask(Ask(MOVED.text, MOVED.images, cache_salt=salt))
+        other.call(forget)
+        [answer] = other.ask(Ask(MOVED.text, MOVED.images, cache_salt=salt))
         return 0 if answer.figures is None else int(answer.figures["reused_tokens"])
 
     assert reused("bob") == 0
@@ -230,9 +240,9 @@ def test_no_fault_of_redis_fails_a_request(
     policy: str,
 ) -> None:
     connector = {"redis_url": redis.url, "fetch_deadline_seconds": 0.5}
-    store_images(start(connector))
     node = start(connector, policy=policy)
-    node.ask(Ask("warm up"))
+    store_images(node)
+    node.call(forget)
     node.call(lose_fetched)
     lost = Ask(f"lost {MOVED.text}", MOVED.images, max_tokens=4)
     [answer] = node.ask(lost)
@@ -313,8 +323,9 @@ def test_encoder_rows_that_find_no_room_are_computed(
     start: Callable[..., Engine], engines: Callable[..., Engine], tmp_path: Path
 ) -> None:
     connector = {"disk_path": str(tmp_path), "fetch_deadline_seconds": 20.0}
-    store_images(start(connector))
     node = start(connector)
+    store_images(node)
+    node.call(forget)
     # Of another tenant: its KV is unknown, its encoder rows are on disk.
     stranger = Ask(MOVED.text, MOVED.images, max_tokens=4, cache_salt="b")
     assert_recomputed(node.call(ask_without_room, stranger), engines)

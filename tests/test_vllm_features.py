@@ -1,9 +1,7 @@
-"""Reuse together with other features of vLLM, and through `vllm serve`."""
+"""Reuse together with other features of vLLM."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from engine import IMAGE, Ask, Engine, EngineError, answer_of, request_of
-from serving import VLLMServer, chat, image_part, make_client, make_image, text_part
 
 A, B = (81, 224), (82, 336, 224)
 DONOR = Ask(f"seen before {IMAGE} and {IMAGE}", (A, B))
@@ -143,45 +139,3 @@ def test_eviction_keeps_the_budget_and_answers(tiny_model: Callable[..., Path]) 
 def test_unsupported_options_end_the_start(tiny_model: Callable[..., Path]) -> None:
     with pytest.raises(EngineError, match=r"kv_cache_dtype=fp8.*allowed are auto"):
         Engine(tiny_model(), {}, kv_cache_dtype="fp8", dtype="bfloat16")
-
-
-@pytest.mark.slow
-def test_vllm_serve_with_one_flag(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """The multi-process engine, found by name through the plug-in, over the OpenAI API."""
-    config = {"cpu_bytes": "64MiB", "encoder_cpu_bytes": "64MiB"}
-    with (
-        VLLMServer(
-            tiny_model(),
-            connector=config,
-            extra_args=["--enforce-eager", "--max-model-len", "2048", "--dtype", "float32"],
-            log_path=tmp_path / "server.log",
-            env={"TORCHDYNAMO_DISABLE": "1"},
-        ) as server,
-        make_client() as client,
-    ):
-        picture = image_part(make_image(5, 224))
-
-        def figures(text: str, vlcache: dict[str, Any] | None = None) -> dict[str, Any]:
-            params = None if vlcache is None else {"vlcache": vlcache}
-            content = [text_part(text), picture, text_part("why")]
-            answer = chat(client, server, content, kv_transfer_params=params)
-            assert answer.kv_transfer_params is not None
-            return answer.kv_transfer_params["vlcache"]
-
-        assert figures("first")["reused_tokens"] == 0
-        assert figures("now behind a longer text")["reused_tokens"] > 0
-        assert figures("switched off", {"enabled": False})["computed_tokens"] == 0
-        assert figures("a bad ratio", {"recompute_ratio": 2})["reused_tokens"] > 0
-        grid = io.BytesIO()
-        torch.save(torch.tensor([1, 8, 8]), grid)
-        without_tensor = {"image_grid_thw": base64.b64encode(grid.getvalue()).decode()}
-        part = {"type": "image_embeds", "uuid": "x", "image_embeds": without_tensor}
-        message = {"role": "user", "content": [part, text_part("embeddings left out")]}
-        refused = client.post(
-            f"{server.base_url}/v1/chat/completions",
-            json={"model": server.model, "messages": [message]},
-        )
-        assert refused.status_code == 400
-        assert figures("still alive")["reused_tokens"] > 0
-    log = (tmp_path / "server.log").read_text()
-    assert "kv_transfer_params.vlcache: recompute_ratio=2" in log

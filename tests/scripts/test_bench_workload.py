@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from quick_start import QUICK_START
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -177,7 +179,14 @@ def test_reduced_run(bench: ModuleType, tmp_path: Path) -> None:
         *("--rates", "100", "--requests", "1", "--output-tokens", "2"),
         *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
     ]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    process = subprocess.run(
+        command,
+        env=os.environ | QUICK_START,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
 
     document = json.loads(output.with_name("workload.json").read_text())

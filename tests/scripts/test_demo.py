@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick_start import QUICK_START
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "scripts" / "demo.py"
@@ -19,7 +20,7 @@ def _demo(*args: str, timeout: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(DEMO), *args],
         cwd=ROOT,
-        env=os.environ | {"COLUMNS": "160"},
+        env=os.environ | QUICK_START | {"COLUMNS": "160"},
         capture_output=True,
         text=True,
         timeout=timeout,

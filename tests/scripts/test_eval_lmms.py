@@ -17,6 +17,7 @@ import grid_vqa
 import httpx
 import numpy as np
 import pytest
+from quick_start import QUICK_START
 
 ROOT = Path(__file__).parents[2]
 VENV = ROOT / ".cache" / "lmms-eval-venv"
@@ -320,7 +321,8 @@ def test_grid_task_in_lmms_eval(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, value in (QUICK_START | {"HF_HUB_OFFLINE": "1"}).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     small = {"cpu_bytes": "128MiB", "encoder_cpu_bytes": "64MiB"}
     command = [

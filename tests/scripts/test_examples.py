@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,15 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "scripts" / "examples"
 ONLINE = ("openai_client", "multi_turn_chat", "document_pages", "video_twice")
 
 
-@pytest.fixture(scope="module")
-def server(
-    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[VLLMServer]:
-    with VLLMServer(
-        tiny_model(),
-        connector={"cpu_bytes": "256MiB", "encoder_cpu_bytes": "128MiB"},
-        extra_args=["--enforce-eager", "--max-model-len", "8192"],
-        log_path=tmp_path_factory.mktemp("examples") / "server.log",
-        env={"TORCHDYNAMO_DISABLE": "1"},
-    ) as server:
-        yield server
-
-
 def run(name: str, *args: str, timeout: float = 600) -> str:
     """What an example prints."""
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "no_proxy": "127.0.0.1"}
+    env = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "no_proxy": "127.0.0.1",
+        # An engine's model is traced, but not compiled, and runs in the same process.
+        "VLLM_CPU_CI_ENV": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), *args],
         env=os.environ | SERVER_ENV | env,
@@ -67,19 +59,19 @@ def test_an_example_is_short_and_stands_alone(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_questions_about_one_image(server: VLLMServer, tmp_path: Path) -> None:
-    url = ("--url", f"{server.base_url}/v1")
+def test_two_questions_about_one_image(cpu_server: VLLMServer, tmp_path: Path) -> None:
+    url = ("--url", f"{cpu_server.base_url}/v1")
     tokens = (672 // 28) ** 2
     assert reused(run("openai_client", *url)) == [0, tokens - round(0.1 * tokens)]
     photo = tmp_path / "photo.jpg"
     make_image(1, 280).save(photo)
-    output = run("openai_client", *url, "--model", server.model, "--image", str(photo))
+    output = run("openai_client", *url, "--model", cpu_server.model, "--image", str(photo))
     assert reused(output) == [0, 100 - 10]
 
 
 @pytest.mark.slow
-def test_a_chat_that_keeps_adding_images(server: VLLMServer, tmp_path: Path) -> None:
-    url = ("--url", f"{server.base_url}/v1")
+def test_a_chat_that_keeps_adding_images(cpu_server: VLLMServer, tmp_path: Path) -> None:
+    url = ("--url", f"{cpu_server.base_url}/v1")
     output = run("multi_turn_chat", *url)
     counts = [int(each) for each in re.findall(r"^Turn \d, (\d) images", output, re.MULTILINE)]
     assert counts == [1, 2, 3, 3, 3]
@@ -94,8 +86,8 @@ def test_a_chat_that_keeps_adding_images(server: VLLMServer, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_pages_in_changing_order(server: VLLMServer, tmp_path: Path) -> None:
-    url = ("--url", f"{server.base_url}/v1")
+def test_pages_in_changing_order(cpu_server: VLLMServer, tmp_path: Path) -> None:
+    url = ("--url", f"{cpu_server.base_url}/v1")
     first, turned, two = reused(run("document_pages", *url))
     assert first == 0
     assert turned * 2 == two * 3 > 0
@@ -106,11 +98,11 @@ def test_pages_in_changing_order(server: VLLMServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_video_asked_about_twice(server: VLLMServer, tmp_path: Path) -> None:
+def test_a_video_asked_about_twice(cpu_server: VLLMServer, tmp_path: Path) -> None:
     import cv2
     import numpy as np
 
-    url = ("--url", f"{server.base_url}/v1")
+    url = ("--url", f"{cpu_server.base_url}/v1")
     first, again = reused(run("video_twice", *url))
     assert first == 0 < again
     clip = tmp_path / "clip.mp4"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from quick_start import QUICK_START
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
 ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision")
@@ -187,12 +188,7 @@ def test_vllm_loads_and_runs_the_model(arch: str, size: str, tmp_path: Path) -> 
     output = tmp_path / "results.json"
     process = subprocess.run(
         [sys.executable, __file__, str(model), arch, str(output)],
-        env=os.environ
-        | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "HF_HUB_OFFLINE": "1",
-        },
+        env=os.environ | QUICK_START | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=1200,

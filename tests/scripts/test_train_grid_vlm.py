@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,14 @@ SMALL = replace(
 
 
 @pytest.fixture(autouse=True)
-def _threads() -> Any:
-    """The trainer restricts this process to one thread."""
-    before = torch.get_num_threads()
+def _process() -> Any:
+    """The trainer restricts this process to one thread, and its children end when it does."""
+    threads, children = torch.get_num_threads(), set(multiprocessing.active_children())
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    for child in set(multiprocessing.active_children()) - children:
+        child.terminate()
+        child.join()
 
 
 def _train(tmp_path: Path, steps: int, processes: int = 1) -> dict[str, Any]:
