@@ -76,11 +76,13 @@ def engines(tiny_model: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
         key = json.dumps([connector, arch, arguments], sort_keys=True, default=str)
         if key not in alive:
             while len(alive) >= ENGINES:
-                alive.pop(min(alive, key=lambda each: asked_for[each])).close()
+                # The last one is still in use, to be compared with this one.
+                *others, _ = alive
+                alive.pop(min(others, key=lambda each: asked_for[each])).close()
             arguments.setdefault("num_gpu_blocks_override", KV_BLOCKS)
             alive[key] = Engine(tiny_model(arch), connector, **arguments)
         asked_for[key] += 1
-        # Among those asked for equally often, the latest one stays.
+        # Kept in order of use: among those asked for equally often, the latest one stays.
         alive[key] = alive.pop(key)
         return alive[key]
 

@@ -16,7 +16,7 @@ DONOR = Ask(f"seen before {IMAGE} and {IMAGE}", (A, B))
 TARGET = Ask(f"both again, moved {IMAGE} and {IMAGE} ok", (B, A), max_tokens=6)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def engine(engines: Callable[..., Engine]) -> Engine:
     engine = engines({})
     engine.ask(DONOR)
