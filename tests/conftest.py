@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import uuid
 from collections import Counter
@@ -24,8 +23,8 @@ from quick_start import KV_BLOCKS, QUICK_START  # noqa: E402
 from serving import VLLMServer  # noqa: E402
 
 MODELS = ROOT / ".cache" / "models"
-ENGINES = max(2, 6 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-"""How many engines, of about 1.1 GB each, stay alive in each process that runs tests."""
+ENGINES = 6
+"""How many engines, of about 1.1 GB each, stay alive."""
 
 
 @pytest.fixture(scope="session")
