@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine import IMAGE, VIDEO, Answer, Ask, Engine
+from vllm.platforms import current_platform
 
 FULL = {"recompute_ratio": 1.0}
 A, B, C = (11, 224), (12, 336, 224), (13, 224)
@@ -43,6 +45,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "model runner V2": {"runner": "V2"},
 }
 
+QUANTISED = {"kv_cache_dtype": "fp8"}
+needs_avx512 = pytest.mark.skipif(
+    current_platform.is_cpu() and not torch.cpu._is_avx512_supported(),
+    reason="vLLM's CPU backend quantises KV with AVX-512 only",
+)
+
 
 def assert_same(actual: Answer, expected: Answer, tolerance: float = 1e-4) -> None:
     assert actual.prompt == expected.prompt
@@ -75,6 +83,15 @@ def test_ratio_one_equals_plain_vllm(
     engines: Callable[..., Engine], name: str, setting: str
 ) -> None:
     assert_ratio_one_is_exact(engines(None), engines({}, **SETTINGS[setting]), TARGETS[name])
+
+
+@needs_avx512
+@pytest.mark.parametrize("name", ["three images permuted", "larger than a chunk"])
+def test_ratio_one_equals_plain_vllm_with_a_quantised_kv_cache(
+    engines: Callable[..., Engine], name: str
+) -> None:
+    plain, cached = engines(None, **QUANTISED), engines({}, **QUANTISED)
+    assert_ratio_one_is_exact(plain, cached, replace(TARGETS[name], max_tokens=4))
 
 
 def test_chunked_prefill_stores_and_reuses_the_same_kv(engines: Callable[..., Engine]) -> None:
@@ -139,8 +156,11 @@ def cold_then_warm(llm: Any, ask: Ask) -> tuple[list[Answer], np.ndarray, np.nda
         return [cold, warm], np.stack(stored), np.stack(list(written.values()))
 
 
-def test_donors_own_context_is_bit_equal(engines: Callable[..., Engine]) -> None:
-    engine = engines({}, **SETTINGS["no prefix caching"])
+@pytest.mark.parametrize("cache", [{}, pytest.param(QUANTISED, marks=needs_avx512)])
+def test_donors_own_context_is_bit_equal(
+    engines: Callable[..., Engine], cache: dict[str, Any]
+) -> None:
+    engine = engines({}, **SETTINGS["no prefix caching"], **cache)
     ask = Ask(f"the very same {IMAGE} prompt", ((19, 224),), vlcache={"recompute_ratio": 0.0})
     [cold, warm], stored, written = engine.call(cold_then_warm, ask)
     assert stored.dtype == np.float32

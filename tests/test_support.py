@@ -14,7 +14,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 import vlcache_connector
 from vlcache_connector import support
-from vlcache_connector.support import UnsupportedError, check_supported, weights_fingerprint
+from vlcache_connector.support import (
+    UnsupportedError,
+    check_supported,
+    model_fingerprint,
+    weights_fingerprint,
+)
 from vlcache_connector.worker.worker import WorkerSide
 
 CONFIG: dict[str, Any] = {
@@ -195,13 +200,29 @@ def test_a_model_without_local_files_is_known_by_its_dimensions_only(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_quantised_kv_cache_is_refused_by_key_value_and_what_is_allowed(
+def test_servers_with_another_quantised_kv_cache_share_no_segments(
+    tiny_model: Callable[..., Path],
+) -> None:
+    def fingerprint(cache_dtype: Any) -> str:
+        config = VllmConfig(
+            model_config=ModelConfig(model=str(tiny_model()), dtype="float16", max_model_len=512),
+            cache_config=CacheConfig(cache_dtype=cache_dtype),
+        )
+        return model_fingerprint(config)
+
+    assert fingerprint("auto") == fingerprint("float16")
+    prints = {fingerprint(dtype) for dtype in ("auto", "fp8_e4m3", "fp8_e5m2")}
+    assert len(prints) == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_kv_cache_in_another_format_is_refused_by_key_value_and_what_is_allowed(
     tiny_model: Callable[..., Path],
 ) -> None:
     vlcache_connector.register()
     config = VllmConfig(
         model_config=ModelConfig(model=str(tiny_model()), dtype="float32", max_model_len=512),
-        cache_config=CacheConfig(cache_dtype="fp8_e5m2"),
+        cache_config=CacheConfig(cache_dtype="int8_per_token_head"),
         kv_transfer_config=KVTransferConfig(kv_connector="VLCacheConnector", kv_role="kv_both"),
     )
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
@@ -210,7 +231,8 @@ def test_a_quantised_kv_cache_is_refused_by_key_value_and_what_is_allowed(
         check_supported(config, caches)
     assert str(refused.value).splitlines() == [
         "VLCacheConnector can't run with:",
-        "  kv_cache_dtype=fp8_e5m2: allowed are auto, bfloat16, float16, float32",
+        "  kv_cache_dtype=int8_per_token_head: allowed are auto, bfloat16, float16, float32, fp8, "
+        "fp8_e4m3, fp8_e5m2",
     ]
 
 

@@ -137,5 +137,5 @@ def test_eviction_keeps_the_budget_and_answers(tiny_model: Callable[..., Path]) 
 
 @pytest.mark.slow
 def test_unsupported_options_end_the_start(tiny_model: Callable[..., Path]) -> None:
-    with pytest.raises(EngineError, match=r"kv_cache_dtype=fp8.*allowed are auto"):
-        Engine(tiny_model(), {}, kv_cache_dtype="fp8", dtype="bfloat16")
+    with pytest.raises(EngineError, match=r"video_pruning_rate: pruning changes positions"):
+        Engine(tiny_model(), {}, video_pruning_rate=0.5)

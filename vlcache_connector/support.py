@@ -32,7 +32,9 @@ SUPPORTED_ARCHITECTURES = frozenset(
 )
 """Model classes whose inputs, positions and deepstack buffers the sparse prefill is tested with."""
 
-_SUPPORTED_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_PLAIN_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_FLOAT8_KV_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+"""Of the paged cache: segments are kept as the model computes KV, and quantised when written."""
 
 
 class UnsupportedError(ConfigError):
@@ -110,8 +112,9 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
             "remove the flag",
         ),
         (
-            kv_dtype not in _SUPPORTED_KV_DTYPES,
-            f"kv_cache_dtype={kv_dtype}: allowed are {', '.join(_SUPPORTED_KV_DTYPES)}",
+            kv_dtype not in _PLAIN_KV_DTYPES + _FLOAT8_KV_DTYPES,
+            f"kv_cache_dtype={kv_dtype}: allowed are "
+            + ", ".join(_PLAIN_KV_DTYPES + _FLOAT8_KV_DTYPES),
         ),
         (
             lora is not None and lora.enable_tower_connector_lora,
@@ -217,10 +220,13 @@ def model_fingerprint(vllm_config: VllmConfig) -> str:
     The same on every server that runs the same weights in the same way, wherever they lie.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    kv_dtype = vllm_config.cache_config.cache_dtype
     return digest(
         {
             "weights": weights_fingerprint(vllm_config),
             "dtype": str(model.dtype),
+            # All layers but the first attend to what was quantised.
+            "kv_cache_dtype": None if kv_dtype in _PLAIN_KV_DTYPES else kv_dtype,
             "quantization": model.quantization,
             "tp": parallel.tensor_parallel_size,
             "mm_processor_kwargs": model.multimodal_config.mm_processor_kwargs
