@@ -188,7 +188,14 @@ def test_vllm_loads_and_runs_the_model(arch: str, size: str, tmp_path: Path) -> 
     output = tmp_path / "results.json"
     process = subprocess.run(
         [sys.executable, __file__, str(model), arch, str(output)],
-        env=os.environ | QUICK_START | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+        env=os.environ
+        | QUICK_START
+        | {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "HF_HUB_OFFLINE": "1",
+            # Of `quick_start`: this file runs as a script there.
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
         capture_output=True,
         text=True,
         timeout=1200,
