@@ -382,18 +382,17 @@ class LMCacheSegmentStore(SegmentStore):
         if self._side is not None:
             self._arriving[room.key, room.kind] = self._send(self._side, room, pairs, valid)
             return sum(obj.get_physical_size() for obj in room.objects)
+        if valid is not None and not bool(valid):
+            release(room.objects)
+            self.counters.put_failed += 1
+            return 0
         try:
-            is_valid = valid is None or bool(valid)
             for target, source in pairs:
                 target.copy_(source)
             room.seal()
         except BaseException:
             release(room.objects)
             raise
-        if not is_valid:
-            release(room.objects)
-            self.counters.put_failed += 1
-            return 0
         self._settled.append((room.key, room.kind, True))
         return self._keep(room.key, room.kind, room.ids, room.objects)
 
