@@ -2,7 +2,7 @@
 
 A cell is a model runner, a CUDA graph mode, an attention backend and an architecture. Its checks
 are the invariants of the test suite, with plain vLLM beside it, and, at ratios below 1, with the
-independent reference on plain transformers (`tests/reference.py`).
+independent reference on plain transformers (`tests/helpers/reference.py`).
 
 Where the backend computes in float32, 1e-4 in the log-probs is allowed. Where it knows 16 bits
 only, what is allowed is measured: how far plain vLLM is from itself when the same request runs in
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engine import IMAGE, Answer, Ask, Engine, engines_together
 from make_tiny_model import make_tiny_model
 from PIL import Image
+
+from tests.helpers.engine import IMAGE, Answer, Ask, Engine, engines_together
 
 RUNNERS = ("V2", "V1")
 GRAPHS = ("FULL_AND_PIECEWISE", "eager", "PIECEWISE")

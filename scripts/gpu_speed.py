@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import IMAGE, Ask, Engine, engines_together, request_of
 from make_tiny_model import STAMP_NAME, make_tiny_model, write_json
+
+from tests.helpers.engine import IMAGE, Ask, Engine, engines_together, request_of
 
 SYSTEMS = ("plain", "cpu", "device")
 STAGES = ("tokenise, hash", "schedule", "load", "sparse pass", "main pass, sample", "TTFT")

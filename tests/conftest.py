@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from local_redis import LocalRedis, find_server
+from make_tiny_model import make_tiny_model
+from serving import VLLMServer
+
+from tests.helpers.engine import IMAGE, Engine
+from tests.helpers.quick_start import KV_BLOCKS, QUICK_START
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
-
-from engine import IMAGE, Engine  # noqa: E402
-from local_redis import LocalRedis, find_server  # noqa: E402
-from make_tiny_model import make_tiny_model  # noqa: E402
-from quick_start import KV_BLOCKS, QUICK_START  # noqa: E402
-from serving import VLLMServer  # noqa: E402
-
 MODELS = ROOT / ".cache" / "models"
 ENGINES = 6
 """How many engines, of about 1.1 GB each, stay alive."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test by the folder that it is in."""
+    for item in items:
+        item.add_marker(item.path.relative_to(ROOT / "tests").parts[0])
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +116,7 @@ def cpu_server(
     serve: Callable[..., VLLMServer], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VLLMServer]:
     """The tiny model, served with configs/cpu.yaml: for all tests that ask for no other server."""
-    from deployment import CONFIGS, SMALL, with_options  # imports vLLM
+    from tests.helpers.deployment import CONFIGS, SMALL, with_options  # imports vLLM
 
     folder = tmp_path_factory.mktemp("cpu")
     config = with_options(CONFIGS / "cpu.yaml", folder, **SMALL)

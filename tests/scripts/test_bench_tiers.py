@@ -1,6 +1,5 @@
 """Tests of scripts/bench_tiers.py."""
 
-import importlib
 import json
 import socket
 import subprocess
@@ -8,31 +7,20 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import bench_tiers as bench
 import pytest
 from PIL import Image
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module("bench_tiers")
-    finally:
-        sys.path.remove(str(SCRIPTS))
-
-
-def _tiers(bench: ModuleType, px: int, pair: int, **ttft: float) -> list[Any]:
+def _tiers(px: int, pair: int, **ttft: float) -> list[Any]:
     return [bench.Sample("tiers", how, how, px, 16, pair, t) for how, t in ttft.items()]
 
 
-def _gate(
-    bench: ModuleType, loads: bool, *rounds: tuple[float, float], source: str = "redis"
-) -> list[Any]:
+def _gate(loads: bool, *rounds: tuple[float, float], source: str = "redis") -> list[Any]:
     """Rounds of (TTFT with the KV loaded, with it computed)."""
     samples = []
     for pair, (load, compute) in enumerate(rounds):
@@ -48,7 +36,7 @@ def _gate(
     return samples
 
 
-def _document(bench: ModuleType, samples: list[Any]) -> dict[str, Any]:
+def _document(samples: list[Any]) -> dict[str, Any]:
     return {
         "schema": bench.SCHEMA,
         "complete": False,
@@ -68,12 +56,12 @@ def _document(bench: ModuleType, samples: list[Any]) -> dict[str, Any]:
     }
 
 
-def test_ratios_are_taken_within_rounds(bench: ModuleType) -> None:
+def test_ratios_are_taken_within_rounds() -> None:
     samples = [
-        *_tiers(bench, 448, 0, cpu=1.0, redis=2.0, cold=4.0),
-        *_tiers(bench, 448, 1, cold=8.0, redis=2.0, cpu=1.0),
-        *_tiers(bench, 448, 2, redis=100.0),  # interrupted
-        *_tiers(bench, 224, 0, cold=1.0, device=0.5),
+        *_tiers(448, 0, cpu=1.0, redis=2.0, cold=4.0),
+        *_tiers(448, 1, cold=8.0, redis=2.0, cpu=1.0),
+        *_tiers(448, 2, redis=100.0),  # interrupted
+        *_tiers(224, 0, cold=1.0, device=0.5),
     ]
     cells = bench.tier_cells(samples)
     assert [(cell.image_px, cell.how, cell.rounds) for cell in cells] == [
@@ -84,34 +72,34 @@ def test_ratios_are_taken_within_rounds(bench: ModuleType) -> None:
     assert cells[4].ttft == bench.Spread(1.0, 1.0, 1.0)
 
 
-def test_the_gate_is_judged_by_what_was_faster(bench: ModuleType) -> None:
-    [cell] = bench.gate_cells(_gate(bench, True, (1.1, 2.1), (2.1, 4.1), (0.6, 1.1)))
+def test_the_gate_is_judged_by_what_was_faster() -> None:
+    [cell] = bench.gate_cells(_gate(True, (1.1, 2.1), (2.1, 4.1), (0.6, 1.1)))
     assert (cell.load, cell.compute, cell.plain) == pytest.approx((1.0, 2.0, 2.4))
     assert (cell.estimated_load, cell.estimated_compute) == (0.25, 0.5)
     assert cell.read == 0.2
     assert cell.gate_loads
     assert (cell.verdict, cell.lost) == ("right", 0.0)
 
-    [cell] = bench.gate_cells(_gate(bench, False, (1.0, 4.0), (2.0, 4.0)))
+    [cell] = bench.gate_cells(_gate(False, (1.0, 4.0), (2.0, 4.0)))
     assert cell.verdict == "wrong"
     assert cell.lost == pytest.approx(1 - 0.375)
-    [cell] = bench.gate_cells(_gate(bench, True, (4.0, 1.0), (4.0, 1.0)))
+    [cell] = bench.gate_cells(_gate(True, (4.0, 1.0), (4.0, 1.0)))
     assert cell.verdict == "wrong"
     assert cell.lost == pytest.approx(0.75)
-    [cell] = bench.gate_cells(_gate(bench, False, (4.0, 1.0)))
+    [cell] = bench.gate_cells(_gate(False, (4.0, 1.0)))
     assert cell.verdict == "right"
-    [cell] = bench.gate_cells(_gate(bench, True, (1.0, 2.0), (2.1, 2.0), (1.0, 2.0)))
+    [cell] = bench.gate_cells(_gate(True, (1.0, 2.0), (2.1, 2.0), (1.0, 2.0)))
     assert cell.verdict == "close"
 
 
-def test_plot_only(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = [
-        *_tiers(bench, 448, 0, cold=4.0, redis=2.0, disk=1.5, cpu=1.0, device=0.5),
-        *_gate(bench, True, (1.0, 2.0)),
-        *_gate(bench, False, (1.0, 2.0), source="redis at 2.0 MB/s"),
+        *_tiers(448, 0, cold=4.0, redis=2.0, disk=1.5, cpu=1.0, device=0.5),
+        *_gate(True, (1.0, 2.0)),
+        *_gate(False, (1.0, 2.0), source="redis at 2.0 MB/s"),
     ]
     path = tmp_path / "tiers.json"
-    path.write_text(json.dumps(_document(bench, samples)))
+    path.write_text(json.dumps(_document(samples)))
     command = ["--plot-only", "--output", str(tmp_path / "tiers")]
     assert bench.main(command) == 0
     page = (tmp_path / "tiers.md").read_text()
@@ -140,14 +128,14 @@ def test_plot_only(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
     ],
 )
 def test_bad_arguments(
-    bench: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         bench.main(arguments)
     assert message in capsys.readouterr().err
 
 
-def test_a_link_is_as_slow_for_all_connections_together(bench: ModuleType) -> None:
+def test_a_link_is_as_slow_for_all_connections_together() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -173,7 +161,7 @@ def test_a_link_is_as_slow_for_all_connections_together(bench: ModuleType) -> No
     assert 0.35 < seconds < 2.0
 
 
-def test_bandwidth(bench: ModuleType, tmp_path: Path) -> None:
+def test_bandwidth(tmp_path: Path) -> None:
     executable = bench.find_server()
     redis = bench.LocalRedis(tmp_path) if executable else None
     try:
@@ -195,8 +183,7 @@ def test_bandwidth(bench: ModuleType, tmp_path: Path) -> None:
     assert all(len(result["seconds"]) == 2 and min(result["seconds"]) > 0 for result in results)
 
 
-@pytest.mark.slow
-def test_reduced_run(bench: ModuleType, tmp_path: Path) -> None:
+def test_reduced_run(tmp_path: Path) -> None:
     output = tmp_path / "results" / "tiers"
     command = [
         *(sys.executable, str(SCRIPTS / "bench_tiers.py"), "--size", "tiny"),

@@ -1,31 +1,22 @@
 """Tests of scripts/bench_ttft.py."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import bench_ttft as bench
 import pytest
 from PIL import Image
-from quick_start import QUICK_START
+
+from tests.helpers.quick_start import QUICK_START
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module("bench_ttft")
-    finally:
-        sys.path.remove(str(SCRIPTS))
-
-
-def _sample(bench: ModuleType, pair: int, system: str, ttft: float, **fields: Any) -> Any:
+def _sample(pair: int, system: str, ttft: float, **fields: Any) -> Any:
     sample = {
         "kind": "warm",
         "image_px": 1120,
@@ -44,7 +35,7 @@ def _sample(bench: ModuleType, pair: int, system: str, ttft: float, **fields: An
     return bench.Sample(**(sample | fields))
 
 
-def _document(bench: ModuleType, path: Path) -> dict[str, Any]:
+def _document(path: Path) -> dict[str, Any]:
     about = {
         "started": "2026-01-01T00:00:00+00:00",
         "command": "python scripts/bench_ttft.py",
@@ -58,20 +49,19 @@ def _document(bench: ModuleType, path: Path) -> dict[str, Any]:
     text = {"kind": "text", "image_px": 0, "images": 0, "image_tokens": 0, "prompt_tokens": 90}
     for pair, (plain, mine) in enumerate([(2.0, 0.1), (4.0, 0.5), (3.0, 0.2)]):
         record.add(
-            [_sample(bench, pair, "plain", plain), _sample(bench, pair, "vlcache", mine)]
-            + [_sample(bench, pair, "plain", 0.05, kind="repeat")] * (pair == 0)
+            [_sample(pair, "plain", plain), _sample(pair, "vlcache", mine)]
+            + [_sample(pair, "plain", 0.05, kind="repeat")] * (pair == 0)
         )
     record.add(
         [
-            _sample(bench, 3, "vlcache", 0.11, ratio=None, **text),
-            _sample(bench, 3, "plain", 0.10, **text),
+            _sample(3, "vlcache", 0.11, ratio=None, **text),
+            _sample(3, "plain", 0.10, **text),
         ]
     )
     document: dict[str, Any] = record.document
     return document
 
 
-@pytest.mark.slow
 def test_quick(tmp_path: Path) -> None:
     output = tmp_path / "results" / "ttft"
     command = [
@@ -132,24 +122,23 @@ def test_quick(tmp_path: Path) -> None:
 
 
 def test_an_interruption_says_where_the_measurements_are(
-    bench: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def run(*_: Any) -> None:
-        _document(bench, tmp_path / "ttft.json")
+        _document(tmp_path / "ttft.json")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr("run", run)
     monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
     assert bench.main(["--output", str(tmp_path / "ttft")]) == 130
     assert str(tmp_path / "ttft.json") in capsys.readouterr().err
     assert bench.read_document(tmp_path / "ttft.json", bench.SCHEMA, "x")["complete"] is False
 
 
-def test_ratios_are_taken_within_pairs(bench: ModuleType, tmp_path: Path) -> None:
-    document = _document(bench, tmp_path / "ttft.json")
+def test_ratios_are_taken_within_pairs(tmp_path: Path) -> None:
+    document = _document(tmp_path / "ttft.json")
     text, warm = bench.make_cells(bench.samples_of(document))
     assert (warm.pairs, warm.ratio, warm.image_tokens) == (3, 0.05, 3200)
     assert warm.plain == bench.Spread(3.0, 2.0, 4.0)
@@ -160,9 +149,9 @@ def test_ratios_are_taken_within_pairs(bench: ModuleType, tmp_path: Path) -> Non
     assert [met for _, _, met in bench.make_aims([text, warm])] == [False, True]
 
 
-def test_plot_only(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "ttft.json"
-    document = _document(bench, path)
+    document = _document(path)
     assert bench.read_document(path, bench.SCHEMA, "x") == document
     assert bench.main(["--plot-only", "--output", str(tmp_path / "ttft")]) == 0
     page = (tmp_path / "ttft.md").read_text()
@@ -174,7 +163,7 @@ def test_plot_only(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_cells_that_would_take_too_long_are_left_out(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = []
 
@@ -182,7 +171,7 @@ def test_cells_that_would_take_too_long_are_left_out(
         tokens = request.images * request.image_px**2
         self._seconds_left -= tokens / 1e6
         sent.append((request.kind, request.image_px, request.images))
-        return _sample(bench, self._pair, system, 1.0, kind=request.kind)
+        return _sample(self._pair, system, 1.0, kind=request.kind)
 
     monkeypatch.setattr(bench.Bench, "_warm_up", lambda _: None)
     monkeypatch.setattr(bench.Bench, "_take_figures", lambda *_: None)
@@ -202,9 +191,7 @@ def test_cells_that_would_take_too_long_are_left_out(
     assert measuring._done == matrix.count_pairs()
 
 
-def test_bad_files_are_named(
-    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--plot-only", "--output", str(tmp_path / "ttft")]
     assert bench.main(command) == 1
     assert "ttft.json" in capsys.readouterr().err
@@ -226,7 +213,6 @@ def test_bad_files_are_named(
     ],
 )
 def test_bad_arguments(
-    bench: ModuleType,
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],

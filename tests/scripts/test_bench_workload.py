@@ -1,30 +1,21 @@
 """Tests of scripts/bench_workload.py."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import bench_workload as bench
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from quick_start import QUICK_START
+
+from tests.helpers.quick_start import QUICK_START
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module("bench_workload")
-    finally:
-        sys.path.remove(str(SCRIPTS))
 
 
 small = st.integers(1, 5)
@@ -44,7 +35,7 @@ scales = st.fixed_dictionaries(
 
 @settings(deadline=None)
 @given(scale=scales)
-def test_no_image_is_twice_at_the_same_place(bench: ModuleType, scale: dict[str, Any]) -> None:
+def test_no_image_is_twice_at_the_same_place(scale: dict[str, Any]) -> None:
     elsewhere: set[int] = set()
     for workload in bench.make_workloads(bench.Scale(**scale)):
         places: list[tuple[int, int, int]] = []
@@ -59,7 +50,7 @@ def test_no_image_is_twice_at_the_same_place(bench: ModuleType, scale: dict[str,
 
 @settings(deadline=None)
 @given(scale=scales)
-def test_repeats(bench: ModuleType, scale: dict[str, Any]) -> None:
+def test_repeats(scale: dict[str, Any]) -> None:
     made = bench.Scale(**scale)
     window, documents, *repeats = bench.make_workloads(made)
 
@@ -82,7 +73,7 @@ def test_repeats(bench: ModuleType, scale: dict[str, Any]) -> None:
         assert round(workload.repeated * slots) == round(workload.rate * slots / 100)
 
 
-def test_repeated_share(bench: ModuleType) -> None:
+def test_repeated_share() -> None:
     def share(*orders: list[int], primed: int = 0) -> float:
         prompts = bench.shifted(orders)
         return float(bench.Workload("", prompts[primed:], prompts[:primed]).repeated)
@@ -94,7 +85,7 @@ def test_repeated_share(bench: ModuleType) -> None:
     assert [w.repeated for w in bench.make_workloads(scale)[2:]] == [r / 100 for r in scale.rates]
 
 
-def test_dataset(bench: ModuleType, tmp_path: Path) -> None:
+def test_dataset(tmp_path: Path) -> None:
     """The rows are what vLLM's dataset class takes, and it sends them as they are."""
     from vllm.benchmarks.datasets import CustomImageDataset
 
@@ -128,18 +119,14 @@ def test_dataset(bench: ModuleType, tmp_path: Path) -> None:
         (["--workloads", "chat"], "argument --workloads: invalid choice: 'chat'"),
     ],
 )
-def test_refused(
-    bench: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         bench.main(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_foreign_results(
-    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_foreign_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.json").write_text("{}")
     assert bench.main(["--plot-only", "--output", str(tmp_path / "other")]) == 1
     assert "was not written by this version of bench_workload.py" in capsys.readouterr().err
@@ -149,7 +136,7 @@ def _run(workload: str, system: str, texts: list[str]) -> dict[str, Any]:
     return {"workload": workload, "system": system, "texts": texts}
 
 
-def test_groups(bench: ModuleType) -> None:
+def test_groups() -> None:
     assert bench._groups(["plain", "vlcache-disk"], 2) == {"plain": ["vlcache-disk"], "plain-2": []}
     groups = bench._groups(bench.SYSTEMS, 2)
     assert list(groups.values()) == [
@@ -162,15 +149,14 @@ def test_groups(bench: ModuleType) -> None:
     assert bench._systems(reversed(runs)) == [run["system"] for run in runs]
 
 
-def test_agreement(bench: ModuleType) -> None:
+def test_agreement() -> None:
     mine = _run("window", "vlcache-cpu", ["a", "b", "c", "d"])
     plain = _run("window", "plain", ["a", "b", "c", "x"])
     assert bench.agreement([mine, _run("documents", "plain", ["a"])], mine) is None
     assert bench.agreement([_run("documents", "plain", ["y"] * 4), plain, mine], mine) == 0.75
 
 
-@pytest.mark.slow
-def test_reduced_run(bench: ModuleType, tmp_path: Path) -> None:
+def test_reduced_run(tmp_path: Path) -> None:
     output = tmp_path / "results" / "workload"
     command = [
         *(sys.executable, str(SCRIPTS / "bench_workload.py"), "--size", "tiny"),

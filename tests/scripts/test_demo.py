@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from quick_start import QUICK_START
+
+from tests.helpers.quick_start import QUICK_START
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "scripts" / "demo.py"
@@ -41,7 +42,6 @@ def _servers(model_root: Path) -> list[str]:
     return found
 
 
-@pytest.mark.slow
 def test_demo_with_the_tiny_model(tmp_path: Path) -> None:
     figures_path = tmp_path / "figures.json"
     done = _demo(

@@ -348,7 +348,6 @@ def untrained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_real_engine(untrained_model: Path, tmp_path: Path) -> None:
     command = [
         *(sys.executable, str(SCRIPTS / "eval_accuracy.py"), "--model", str(untrained_model)),

@@ -17,7 +17,8 @@ import grid_vqa
 import httpx
 import numpy as np
 import pytest
-from quick_start import QUICK_START
+
+from tests.helpers.quick_start import QUICK_START
 
 ROOT = Path(__file__).parents[2]
 VENV = ROOT / ".cache" / "lmms-eval-venv"
@@ -309,7 +310,6 @@ def test_lmms_eval_own_message_is_passed_on(
     assert "starting" not in str(caught.value).split("\n")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not (VENV / "bin" / "lmms-eval").exists(),
     reason="lmms-eval is not installed: python scripts/eval_lmms.py --install",

@@ -58,7 +58,6 @@ def test_an_example_is_short_and_stands_alone(path: Path) -> None:
     assert path.stem in (*ONLINE, "offline")
 
 
-@pytest.mark.slow
 def test_two_questions_about_one_image(cpu_server: VLLMServer, tmp_path: Path) -> None:
     url = ("--url", f"{cpu_server.base_url}/v1")
     tokens = (672 // 28) ** 2
@@ -69,7 +68,6 @@ def test_two_questions_about_one_image(cpu_server: VLLMServer, tmp_path: Path) -
     assert reused(output) == [0, 100 - 10]
 
 
-@pytest.mark.slow
 def test_a_chat_that_keeps_adding_images(cpu_server: VLLMServer, tmp_path: Path) -> None:
     url = ("--url", f"{cpu_server.base_url}/v1")
     output = run("multi_turn_chat", *url)
@@ -85,7 +83,6 @@ def test_a_chat_that_keeps_adding_images(cpu_server: VLLMServer, tmp_path: Path)
     assert reused(output) == [0, 0, 0]
 
 
-@pytest.mark.slow
 def test_pages_in_changing_order(cpu_server: VLLMServer, tmp_path: Path) -> None:
     url = ("--url", f"{cpu_server.base_url}/v1")
     first, turned, two = reused(run("document_pages", *url))
@@ -97,7 +94,6 @@ def test_pages_in_changing_order(cpu_server: VLLMServer, tmp_path: Path) -> None
     assert reused(run("document_pages", *url, *map(str, paths)))[1] > 0
 
 
-@pytest.mark.slow
 def test_a_video_asked_about_twice(cpu_server: VLLMServer, tmp_path: Path) -> None:
     import cv2
     import numpy as np
@@ -114,7 +110,6 @@ def test_a_video_asked_about_twice(cpu_server: VLLMServer, tmp_path: Path) -> No
     assert first == 0 < again
 
 
-@pytest.mark.slow
 def test_offline(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     paths = [tmp_path / f"{seed}.png" for seed in range(2)]
     for seed, path in enumerate(paths):

@@ -397,7 +397,6 @@ def test_wrong_command_lines_are_refused(capsys: pytest.CaptureFixture[str]) -> 
 # -- the command, with one -----------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @needs_redis
 def test_a_real_engine_stands_a_few_cells(tmp_path: Path) -> None:
     words = arguments(tmp_path, "--operations", "prefetch", "store")
@@ -426,7 +425,6 @@ def answer_wrongly(llm: Any, tell: stress.Tell) -> None:
     injection.write_kv = write
 
 
-@pytest.mark.slow
 def test_a_real_engine_that_answers_wrongly_is_found(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:

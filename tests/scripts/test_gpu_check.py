@@ -18,7 +18,8 @@ import gpu_exact as exact
 import gpu_speed as speed
 import numpy as np
 import pytest
-from engine import IMAGE, Answer, Ask, Engine
+
+from tests.helpers.engine import IMAGE, Answer, Ask, Engine
 
 SCRIPT = Path(check.__file__)
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
@@ -270,7 +271,6 @@ def test_a_shape_is_a_checkpoint_that_transformers_reads(name: str, tmp_path: Pa
 # -- for real ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_run_on_the_cpu_passes_every_check(tmp_path: Path) -> None:
     output = tmp_path / "exact"
     done = subprocess.run(

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from quick_start import QUICK_START
+
+from tests.helpers.quick_start import QUICK_START
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
 ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision")
@@ -181,20 +182,18 @@ def _difference(first: dict[str, Any], second: dict[str, Any]) -> float:
     return max(abs(get(first, token) - get(second, token)) for token in tokens)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "size"), [("llava_onevision", "tiny"), ("qwen2_5_vl", "bench")])
 def test_vllm_loads_and_runs_the_model(arch: str, size: str, tmp_path: Path) -> None:
     model = make_tiny.make_tiny_model(tmp_path / "model", arch, size)
     output = tmp_path / "results.json"
     process = subprocess.run(
-        [sys.executable, __file__, str(model), arch, str(output)],
+        [sys.executable, "-m", __name__, str(model), arch, str(output)],
         env=os.environ
         | QUICK_START
         | {
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "HF_HUB_OFFLINE": "1",
-            # Of `quick_start`: this file runs as a script there.
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join(sys.path),
         },
         capture_output=True,
         text=True,

@@ -206,7 +206,6 @@ def forget_a_fetch(llm: Any, tell: stress.Tell) -> None:
     stress._sides(llm)[0]._staging._tickets["nobody"] = None
 
 
-@pytest.mark.slow
 def test_what_a_real_engine_leaks_is_found(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     connector = {**stress.AMPLE, "disk_path": str(tmp_path / "disk")}
     with stress.EngineProcess(tiny_model(), connector, tmp_path / "log") as engine:
@@ -226,7 +225,6 @@ def test_what_a_real_engine_leaks_is_found(tiny_model: Callable[..., Path], tmp_
         assert any("checksum" in problem for problem in engine.call(stress.violations))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("donor", ["first_seen", "canonical"])
 def test_a_short_soak_leaves_nothing_behind(tmp_path: Path, donor: str) -> None:
     words = ["--requests", "500", "--donor", donor, "--output", str(tmp_path / "soak")]

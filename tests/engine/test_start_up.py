@@ -1,0 +1,71 @@
+"""Settings that can not be served: vLLM does not start, and says which key, value and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_redis import free_port
+
+from tests.helpers.engine import Engine, EngineError
+
+
+def refusal(model: Path, connector: dict[str, Any], **arguments: Any) -> str:
+    """The last line of what vLLM dies of."""
+    with pytest.raises(EngineError) as refused:
+        Engine(model, connector, **arguments)
+    return str(refused.value).strip().splitlines()[-1].strip()
+
+
+def test_a_disk_path_that_can_not_be_written_to(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    path = str(tmp_path / "file" / "segments")
+    message = refusal(tiny_model(), {"disk_path": path})
+    assert message == (
+        f"vlcache_connector.config.ConfigError: kv_connector_extra_config: disk_path={path!r}: "
+        "Not a directory; name a directory that this process can write to, with room in it, or "
+        "leave the disk tier out"
+    )
+
+
+def test_a_redis_that_does_not_answer(tiny_model: Callable[..., Path]) -> None:
+    url = f"redis://127.0.0.1:{free_port()}"
+    message = refusal(tiny_model(), {"redis_url": url})
+    assert f"redis_url={url!r} can't be used: " in message
+    assert message.endswith("(connection); see to it that it can, or leave redis_url out")
+
+
+def test_budgets_above_memory(tiny_model: Callable[..., Path]) -> None:
+    message = refusal(tiny_model(), {"cpu_bytes": "100TiB"})
+    assert f"cpu_bytes={100 << 40}" in message
+    assert "are available. Lower them" in message
+
+
+def test_contradictory_roles(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    def transfer(role: str, **connector: Any) -> dict[str, Any]:
+        return {
+            "kv_connector": "VLCacheConnector",
+            "kv_role": role,
+            "kv_connector_extra_config": connector,
+        }
+
+    message = refusal(tiny_model(), {}, kv_transfer_config=transfer("kv_consumer"))
+    assert message == (
+        "kv_role=kv_consumer without a tier that other servers share: set disk_path or redis_url, "
+        "or kv_role=kv_both"
+    )
+    message = refusal(
+        tiny_model(),
+        {},
+        kv_transfer_config=transfer("kv_consumer", disk_path=str(tmp_path)),
+        ec_transfer_config={
+            "ec_connector": "VLCacheEncoderConnector",
+            "ec_role": "ec_both",
+            "ec_connector_module_path": "vlcache_connector.encoder_connector",
+        },
+    )
+    assert message == "ec_role=ec_both with kv_role=kv_consumer: set ec_role=ec_consumer"

@@ -1,0 +1,170 @@
+"""What the scheduler side tracks of a request, and what it leaves to plain vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from vllm import PoolingParams, SamplingParams
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.v1.request import Request
+
+from tests.helpers.made_requests import feature, request
+from vlcache_connector.config import ConfigError, RequestOptions, VLCacheConfig
+from vlcache_connector.protocol import PrefillFigures
+from vlcache_connector.scheduler.requests import TrackedRequest, refusal_of
+
+
+def track(made: Request) -> TrackedRequest:
+    assert refusal_of(made, VLCacheConfig()) is None
+    return TrackedRequest.of(made, VLCacheConfig(), "model", RequestOptions.from_params)
+
+
+def tracked_one() -> TrackedRequest:
+    return track(request(feature("a", 10, 20)))
+
+
+def with_params(params: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": params})
+
+
+def test_items_are_in_prompt_order_with_keys_by_content_and_salt() -> None:
+    tracked = track(request(feature("b", 50, 20), feature("a", 10, 20)))
+    assert [item.span.start for item in tracked.items] == [10, 50]
+    assert tracked.item(0).span.start == 50
+    salted = track(request(feature("a", 0, 20), cache_salt="x"))
+    assert salted.item(0).key != tracked.item(1).key
+    assert salted.item(0).encoder_key == tracked.item(1).encoder_key
+
+
+def test_context_carries_grids_but_no_pixels() -> None:
+    tracked = track(request(feature("a", 10, 20)))
+    [spec] = tracked.context().position_features
+    assert set(spec.data) == {"image_grid_thw"}
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        pytest.param((feature("a", 90, 20),), id="behind the prompt's end"),
+        pytest.param((feature("a", 10, 20), feature("b", 25, 20)), id="overlapping"),
+    ],
+)
+def test_placeholders_that_disagree_with_the_prompt_are_left_to_vllm(
+    features: tuple[MultiModalFeatureSpec, ...],
+) -> None:
+    assert refusal_of(request(*features), VLCacheConfig()) == "unsupported"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"pooling_params": PoolingParams(), "sampling_params": None},
+        {"resumable": True},
+        {"prompt_embeds": torch.zeros(100, 8), "prompt_token_ids": None},
+    ],
+    ids=["pooling", "streaming input", "prompt embeddings"],
+)
+def test_requests_that_cannot_be_served_are_left_to_vllm(arguments: dict[str, Any]) -> None:
+    made = request(feature("a", 10, 20), **arguments)
+    assert refusal_of(made, VLCacheConfig()) == "unsupported"
+
+
+def test_requests_without_a_salt_are_refused_where_they_are_not_to_share() -> None:
+    config = VLCacheConfig(share_unsalted=False)
+    assert refusal_of(request(feature("a", 10, 20)), config) == "unsalted"
+    assert refusal_of(request(feature("a", 10, 20), cache_salt="x"), config) is None
+
+
+def test_images_that_the_client_has_named_are_refused() -> None:
+    made = request(feature("a", 10, 20), feature("client-chosen:holiday.png", 40, 20))
+    assert refusal_of(made, VLCacheConfig()) == "client_uuid"
+
+
+def test_an_ordinal_counts_the_items_in_front_whatever_their_index() -> None:
+    tracked = track(request(feature("c", 60, 20), feature("a", 0, 5), feature("b", 30, 9)))
+    assert [item.ordinal for item in tracked.items] == [0, 1, 2]
+    assert [item.index for item in tracked.items] == [1, 2, 0]
+    assert tracked.item(0).ordinal == 2
+
+
+def test_equal_images_have_the_same_key_at_any_ordinal() -> None:
+    tracked = track(request(feature("a", 0, 20), feature("a", 50, 20)))
+    first, second = tracked.items
+    assert first.key == second.key
+    assert first.encoder_key == second.encoder_key
+    assert first.ordinal != second.ordinal
+
+
+def test_bad_options_are_ignored() -> None:
+    tracked = track(
+        request(
+            feature("a", 10, 20), sampling_params=with_params({"vlcache": {"recompute_ratio": 7}})
+        )
+    )
+    assert tracked.options == RequestOptions()
+
+
+def test_options_are_read_by_whoever_knows_the_model() -> None:
+    seen = []
+
+    def read(params: Mapping[str, Any] | None) -> RequestOptions:
+        seen.append(params)
+        return RequestOptions(selector="none")
+
+    params = {"vlcache": {"selector": "full"}, "other": 1}
+    made = request(feature("a", 10, 20), sampling_params=with_params(params))
+    tracked = TrackedRequest.of(made, VLCacheConfig(), "model", read)
+    assert tracked.options == RequestOptions(selector="none")
+    assert seen == [params]
+
+
+def test_options_that_the_model_does_not_fit_are_ignored() -> None:
+    def read(params: Mapping[str, Any] | None) -> RequestOptions:
+        raise ConfigError("layer_ratios has 3 entries")
+
+    tracked = TrackedRequest.of(request(feature("a", 10, 20)), VLCacheConfig(), "model", read)
+    assert tracked.options == RequestOptions()
+
+
+def test_other_errors_of_reading_options_are_not_swallowed() -> None:
+    def read(params: Mapping[str, Any] | None) -> RequestOptions:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        TrackedRequest.of(request(feature("a", 10, 20)), VLCacheConfig(), "model", read)
+
+
+def test_a_report_has_the_tokens_of_the_widest_layer_and_the_sum_over_layers() -> None:
+    tracked = tracked_one()
+    tracked.tier = "cpu"
+    tracked.fetch_seconds = 0.125
+    tracked.figures = PrefillFigures({0: 60, 1: 30}, 10, (30, 30, 24, 20), 0.25, 1.5)
+    assert tracked.report() == {
+        "reused_tokens": 90,
+        "recomputed_tokens": 10,
+        "computed_tokens": 30,
+        "computed_token_layers": 104,
+        "tier": "cpu",
+        "fetch_seconds": 0.125,
+        "load_seconds": 0.25,
+        "sparse_prefill_seconds": 1.5,
+        "fallback": None,
+    }
+
+
+def test_a_report_without_reuse_is_empty_but_for_the_refusal() -> None:
+    tracked = tracked_one()
+    tracked.is_gated = True
+    report = tracked.report()
+    assert report.pop("fallback") == "gate"
+    assert not any(report.values())
+
+
+def test_a_fallback_is_told_before_a_refusal() -> None:
+    tracked = tracked_one()
+    tracked.is_gated = True
+    tracked.figures = PrefillFigures(fallback="segment lost")
+    assert tracked.report()["fallback"] == "segment lost"
