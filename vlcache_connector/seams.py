@@ -206,7 +206,11 @@ SEAMS: tuple[Seam, ...] = (
     _has("vllm.v1.outputs:KVConnectorOutput", "connector.py", "kv_connector_worker_meta"),
     _has(f"{_EC_BASE}:ECConnectorRole", "encoder_connector.py", "SCHEDULER WORKER"),
     _takes(f"{_EC_BASE}:ECConnectorBase.__init__", "encoder_connector.py", "vllm_config role"),
-    _has(f"{_EC_BASE}:ECConnectorBase", "encoder_connector.py", "_vllm_config is_producer"),
+    _has(
+        f"{_EC_BASE}:ECConnectorBase",
+        "encoder_connector.py",
+        "_vllm_config _get_connector_metadata",
+    ),
     *_replaced(
         f"{_EC_BASE}:ECConnectorBase",
         "encoder_connector.py",
@@ -221,8 +225,11 @@ SEAMS: tuple[Seam, ...] = (
         update_connector_output="connector_output",
     ),
     _has("vllm.v1.outputs:ECConnectorOutput", "encoder_connector.py", "ec_connector_worker_meta"),
-    *_is_there("encoder_connector.py", "vllm.platforms:current_platform"),
-    _has("vllm.platforms.interface:Platform", "encoder_connector.py", "device_type"),
+    _has(
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        "encoder_connector.py",
+        "total_num_scheduled_tokens",
+    ),
     *_is_there("protocol.py", f"{_EC_BASE}:ECConnectorMetadata"),
     *_replaced(f"{_KV_BASE}:KVConnectorWorkerMetadata", "protocol.py", aggregate="other"),
     *_replaced(f"{_EC_BASE}:ECConnectorWorkerMetadata", "protocol.py", aggregate="other"),
@@ -323,11 +330,8 @@ SEAMS: tuple[Seam, ...] = (
         "scheduler/requests.py",
         "offset length is_embed get_num_embeds",
     ),
-    _has(
-        "vllm.v1.core.sched.output:SchedulerOutput",
-        "scheduler/encoder.py",
-        "scheduled_encoder_inputs",
-    ),
+    _has("vllm.v1.request:Request", "scheduler/encoder.py", "mm_features"),
+    _takes("vllm.multimodal.inputs:PlaceholderRange.get_num_embeds", "scheduler/encoder.py", ""),
     _has(
         "vllm.v1.request:Request",
         "scheduler/fence.py",
@@ -361,6 +365,8 @@ SEAMS: tuple[Seam, ...] = (
         "vllm.tokenizers:cached_tokenizer_from_config", "scheduler/canonical.py", "model_config"
     ),
     # -- the worker side ------------------------------------------------------------------------
+    *_is_there("worker/rank.py", "vllm.platforms:current_platform"),
+    _has("vllm.platforms.interface:Platform", "worker/rank.py", "device_type"),
     _takes(
         "vllm.forward_context:set_forward_context",
         "worker/model.py",

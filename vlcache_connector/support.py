@@ -138,6 +138,12 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
         raise UnsupportedError("VLCacheConnector can't run with:\n  " + "\n  ".join(lines))
 
 
+def can_store(vllm_config: VllmConfig) -> bool:
+    """Whether new segments and encoder rows may be stored: the role is a producer's."""
+    kv, ec = vllm_config.kv_transfer_config, vllm_config.ec_transfer_config
+    return bool(kv.is_kv_producer if kv is not None else ec is not None and ec.is_ec_producer)
+
+
 def encoder_role(kv_transfer_config: KVTransferConfig) -> Literal["ec_both", "ec_consumer"]:
     """The `ec_role` that goes with a `kv_role`; an "ec_producer" runs no language model."""
     return "ec_both" if kv_transfer_config.is_kv_producer else "ec_consumer"
@@ -283,11 +289,3 @@ def _weight_samples(folder: Path | None) -> list[str]:
                 hasher.update(file.read(1 << 12))
         samples.append(f"{path.name}:{size}:{hasher.hexdigest()}")
     return samples
-
-
-def engine_id(vllm_config: VllmConfig) -> str:
-    """Names the engine inside a process, so that its KV half and encoder half find each other."""
-    transfer = vllm_config.kv_transfer_config or vllm_config.ec_transfer_config
-    assert transfer is not None
-    assert transfer.engine_id is not None
-    return transfer.engine_id

@@ -24,6 +24,7 @@ from ..support import KVShape
 from .canonical import CanonicalDonors
 from .captures import CapturePlanner
 from .donors import Donors
+from .encoder import EncoderRows
 from .fence import PrefixFence, self_test
 from .index import ResidencyIndex
 from .options import OptionsPolicy
@@ -50,9 +51,8 @@ class SchedulerSide:
         hash_block_size: tokens per hash of vLLM's prefix cache.
         max_batched_tokens: `max_num_batched_tokens`, the most the sparse prefills of one step
             may compute unless a single request needs more.
-        encoder_row_bytes: bytes of one encoder output row.
         segments: index of the stored KV segments.
-        encoder_rows: index of the stored encoder outputs, shared with the encoder half.
+        encoder_rows: the stored encoder rows, shared with the encoder half.
         schedules: of the `layer_aware` selector.
         opening: tokens in front of a canonical donor; None stores what requests compute.
         allowed: donor relations that the gate lets through.
@@ -69,9 +69,8 @@ class SchedulerSide:
         fingerprint: str,
         hash_block_size: int,
         max_batched_tokens: int,
-        encoder_row_bytes: int,
         segments: ResidencyIndex,
-        encoder_rows: ResidencyIndex,
+        encoder_rows: EncoderRows,
         schedules: Sequence[LayerSchedule],
         opening: Sequence[int] | None,
         allowed: frozenset[Relation],
@@ -84,7 +83,6 @@ class SchedulerSide:
         self._fingerprint = fingerprint
         self._hash_block_size = hash_block_size
         self._max_batched_tokens = max_batched_tokens
-        self._encoder_row_bytes = encoder_row_bytes
         self._segments = segments
         self._encoder_rows = encoder_rows
         self._can_reuse = can_reuse
@@ -94,7 +92,7 @@ class SchedulerSide:
         if (config.disk_path or config.redis_url) and can_reuse and allowed:
             self._staging = Staging(
                 segments,
-                encoder_rows,
+                encoder_rows.index,
                 self._donors,
                 num_ranks=num_ranks,
                 deadline_seconds=config.fetch_deadline_seconds,
@@ -103,25 +101,28 @@ class SchedulerSide:
         self._canonical: CanonicalDonors | None = None
         if opening is not None:
             self._canonical = CanonicalDonors(
-                opening, encoder_rows, block_size=shape.block_size, give_up=segments.discard
+                opening, encoder_rows.index, block_size=shape.block_size, give_up=segments.discard
             )
+        self._options = OptionsPolicy(config, shape.num_layers, schedules)
         self._captures: CapturePlanner | None = None
         if can_store and allowed:
             self._captures = CapturePlanner(
-                shape, segments, self._donors, self._canonical, config.min_segment_tokens
+                shape,
+                segments,
+                self._donors,
+                self._canonical,
+                config.min_segment_tokens,
+                self._options.is_below_default,
             )
-        self._options = OptionsPolicy(config, shape.num_layers, schedules)
-        self.statistics = Statistics({"kv": segments, "encoder": encoder_rows})
+        self.statistics = Statistics({"kv": segments, "encoder": encoder_rows.index})
         self._live: dict[str, Request] = {}
         self._requests: dict[str, TrackedRequest] = {}
         self._finishing: dict[str, tuple[TrackedRequest, dict[str, Any]]] = {}
         self._step_reuse: list[ReusePlan] = []
         self._finished: list[str] = []
         self._kv_cache_manager: KVCacheManager | None = None
-        self._fence: PrefixFence | None = None
-        if not config.share_approximate_prefix:
-            self_test()
-            self._fence = PrefixFence(hash_block_size)
+        self_test()
+        self._fence = PrefixFence(hash_block_size)
 
     def bind_kv_cache_manager(self, manager: KVCacheManager) -> None:
         """vLLM's KV cache manager, asked for the blocks of requests."""
@@ -167,18 +168,23 @@ class SchedulerSide:
             self._failed("plan", request.request_id)
             plan = None
         if plan is None:
-            if self._fence is not None:
-                self._fence.lift(request, num_computed)
+            self._fence.lift(request, num_computed)
             return 0, False
         if self._prefix_is_in_flight(request, num_computed):
             return None, False
         in_step = sum(other.num_computed for other in self._step_reuse)
         if in_step and in_step + plan.num_computed > self._max_batched_tokens:
             return None, False
-        if self._fence is not None and plan.first_reused is not None:
+        if plan.first_reused is not None and self._is_fenced(tracked):
             self._fence.raise_at(request, plan.first_reused)
         tracked.pending = plan
         return len(plan.claim), False
+
+    def _is_fenced(self, tracked: TrackedRequest) -> bool:
+        """Whether the approximate blocks of a request are for itself alone."""
+        return not self._config.share_approximate_prefix or self._options.is_below_default(
+            tracked.options
+        )
 
     def update_state_after_alloc(
         self, request: Request, block_ids: tuple[int, ...], num_external: int
@@ -205,8 +211,7 @@ class SchedulerSide:
             captures={} if self._captures is None else self._captures.in_claim(tracked, plan),
         )
         for index in plan.encoder_inputs:
-            item = tracked.item(index)
-            self._encoder_rows.reserve(item.encoder_key, self._encoder_bytes(item))
+            self._encoder_rows.keep(request.mm_features[index])
         if request.prefill_stats is not None and request.num_preemptions == 0:
             # What the sparse prefill computes is not cached; vLLM counts all of the claim as such.
             request.prefill_stats.set(
@@ -311,8 +316,7 @@ class SchedulerSide:
             return None
         encoder_inputs = {}
         for item in self._items_in_runs(tracked, plan):
-            if self._encoder_rows.is_ready(item.encoder_key):
-                self._encoder_rows.promise(item.encoder_key)
+            if self._encoder_rows.promise(item.encoder_key):
                 continue
             feature = request.mm_features[item.index]
             if feature.data is None:
@@ -355,7 +359,7 @@ class SchedulerSide:
         return len(item.span) * self._shape.bytes_per_token
 
     def _encoder_bytes(self, item: Item) -> int:
-        return item.num_embeds * self._encoder_row_bytes
+        return self._encoder_rows.num_bytes(item.num_embeds)
 
     # -- steps ------------------------------------------------------------------------------
 
@@ -395,9 +399,8 @@ class SchedulerSide:
         if self._staging is not None:
             plan.fetches, plan.admitted, plan.unwanted = self._staging.take_plans()
         self._segments.settle()
-        self._encoder_rows.settle()
         plan.dropped_segments = self._segments.take_evicted()
-        plan.dropped_encoder = self._encoder_rows.take_evicted()
+        plan.encoder = self._encoder_rows.plan(output)
         return plan
 
     def update_from_report(self, report: StepReport) -> None:
@@ -413,10 +416,7 @@ class SchedulerSide:
         self.statistics.take_report(report)
         for key in report.lost:
             self._segments.lost(key)
-        for key, ranks in report.encoder_stored.items():
-            self._encoder_rows.stored(key, ranks)
-        for key in report.encoder_lost:
-            self._encoder_rows.lost(key)
+        self._encoder_rows.update_from_report(report.encoder)
         for req_id, figures in report.figures.items():
             tracked = self._requests.get(req_id)
             if tracked is not None:
@@ -442,8 +442,7 @@ class SchedulerSide:
         """Forget the request; its figures go back to the client."""
         self._live.pop(request.request_id, None)
         tracked = self._requests.pop(request.request_id, None)
-        if self._fence is not None:
-            self._fence.forget(request.request_id)
+        self._fence.forget(request.request_id)
         if self._staging is not None:
             self._staging.forget(request.request_id)
         if tracked is None:
@@ -465,4 +464,4 @@ class SchedulerSide:
         if self._canonical is not None:
             self._canonical.clear()
         self._segments.clear()
-        self._encoder_rows.clear()
+        self._encoder_rows.index.clear()
