@@ -105,7 +105,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             shape,
             hash_block_size=self._kv_cache_config.hash_block_size or shape.block_size,
             fingerprint=model_fingerprint(vllm_config),
-            max_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            limits=vllm_config.scheduler_config,
             segments=ResidencyIndex(self._config.cpu_bytes // num_ranks, num_ranks),
             encoder_rows=ENCODER_ROWS.get(vllm_config),
             schedules=calibration.schedules if calibration is not None else (),

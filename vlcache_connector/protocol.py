@@ -199,6 +199,19 @@ class ReusePlan:
         firsts = (reuse.first_reused for reuse in self.reused)
         return min((first for first in firsts if first is not None), default=None)
 
+    @property
+    def tokens_before_last(self) -> int:
+        """Tokens between the last known item and the one before it, or the start of the claim."""
+        ends = [self.claim.start, *(reuse.span.end for reuse in self.reused)]
+        return self.reused[-1].span.start - ends[-2]
+
+    def shorter(self) -> ReusePlan | None:
+        """The same plan up to the known item before the last one; None: there is none."""
+        if len(self.reused) < 2:
+            return None
+        reused = self.reused[:-1]
+        return replace(self, claim=Span(self.claim.start, reused[-1].span.end), reused=reused)
+
     def without(self, item: int) -> ReusePlan:
         """The same plan with all of `item`'s tokens computed instead of reused."""
         return replace(self, reused=tuple(r for r in self.reused if r.item != item))

@@ -41,6 +41,8 @@ class EncoderRows:
         self.index = index
         self._loads: dict[str, str] = {}
         self._saves: dict[str, str] = {}
+        self.num_encoded = 0
+        """Rows that vLLM's own encoder computes in the step that is being scheduled."""
         self._step = 0
         self._planned: tuple[SchedulerOutput | None, EncoderPlan] = (None, EncoderPlan())
 
@@ -51,6 +53,10 @@ class EncoderRows:
     def has_cache_item(self, identifier: str) -> bool:
         """Whether all ranks hold the rows; they stay until the step that was asked for is over."""
         return is_content_hash(identifier) and self.promise(self._key(identifier))
+
+    def is_ready(self, identifier: str) -> bool:
+        """Whether all ranks hold the rows."""
+        return is_content_hash(identifier) and self.index.is_ready(self._key(identifier))
 
     def promise(self, key: str) -> bool:
         """Whether all ranks hold the rows; they stay until the step that is planned is over."""
@@ -65,6 +71,7 @@ class EncoderRows:
         if self.has_cache_item(feature.identifier):
             self._loads[feature.identifier] = self._key(feature.identifier)
         else:
+            self.num_encoded += feature.mm_position.get_num_embeds()
             self.keep(feature)
 
     def keep(self, feature: MultiModalFeatureSpec) -> None:
@@ -85,7 +92,7 @@ class EncoderRows:
             self.index.settle()
             self._step += 1
             plan = EncoderPlan(self._step, self.index.take_evicted(), self._loads, self._saves)
-            self._loads, self._saves = {}, {}
+            self._loads, self._saves, self.num_encoded = {}, {}, 0
             self._planned = output, plan
         return self._planned[1]
 

@@ -21,6 +21,7 @@ from ..calibration import LayerSchedule, Relation
 from ..config import VLCacheConfig
 from ..protocol import Item, Outcome, PrefillFigures, ReusePlan, StepPlan, StepReport
 from ..support import KVShape
+from .budget import Fit, StepBudget, Work
 from .canonical import CanonicalDonors
 from .captures import CapturePlanner
 from .donors import Donors
@@ -34,11 +35,16 @@ from .staging import Staging
 from .statistics import Statistics
 
 if TYPE_CHECKING:
+    from vllm.config.scheduler import SchedulerConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = init_logger(__name__)
+
+_LONGEST_WAY = 16
+"""A known item is reached for across at most so many times its own number of tokens: the sparse
+prefill would compute them all to save little."""
 
 
 class SchedulerSide:
@@ -49,8 +55,7 @@ class SchedulerSide:
         shape: of one token's KV on one rank.
         fingerprint: `support.model_fingerprint`.
         hash_block_size: tokens per hash of vLLM's prefix cache.
-        max_batched_tokens: `max_num_batched_tokens`, the most the sparse prefills of one step
-            may compute unless a single request needs more.
+        limits: vLLM's, on what a step computes.
         segments: index of the stored KV segments.
         encoder_rows: the stored encoder rows, shared with the encoder half.
         schedules: of the `layer_aware` selector.
@@ -68,7 +73,7 @@ class SchedulerSide:
         *,
         fingerprint: str,
         hash_block_size: int,
-        max_batched_tokens: int,
+        limits: SchedulerConfig,
         segments: ResidencyIndex,
         encoder_rows: EncoderRows,
         schedules: Sequence[LayerSchedule],
@@ -82,7 +87,6 @@ class SchedulerSide:
         self._shape = shape
         self._fingerprint = fingerprint
         self._hash_block_size = hash_block_size
-        self._max_batched_tokens = max_batched_tokens
         self._segments = segments
         self._encoder_rows = encoder_rows
         self._can_reuse = can_reuse
@@ -116,6 +120,7 @@ class SchedulerSide:
             )
         self.statistics = Statistics({"kv": segments, "encoder": encoder_rows.index})
         self._live: dict[str, Request] = {}
+        self._budget = StepBudget(limits, self._live)
         self._requests: dict[str, TrackedRequest] = {}
         self._finishing: dict[str, tuple[TrackedRequest, dict[str, Any]]] = {}
         self._step_reuse: list[ReusePlan] = []
@@ -157,7 +162,7 @@ class SchedulerSide:
         """Tokens behind `num_computed` that the sparse prefill will fill; None: ask again."""
         tracked = self._requests.get(request.request_id)
         if tracked is None:
-            return 0, False
+            return self._nothing(request, num_computed), False
         tracked.pending = None
         tracked.wanted = self._wanted(tracked, num_computed)
         try:
@@ -169,16 +174,38 @@ class SchedulerSide:
             plan = None
         if plan is None:
             self._fence.lift(request, num_computed)
-            return 0, False
+            return self._nothing(request, num_computed), False
         if self._prefix_is_in_flight(request, num_computed):
             return None, False
-        in_step = sum(other.num_computed for other in self._step_reuse)
-        if in_step and in_step + plan.num_computed > self._max_batched_tokens:
+        if self._fit(request, plan) != "now":
+            self._budget.wait()
             return None, False
         if plan.first_reused is not None and self._is_fenced(tracked):
             self._fence.raise_at(request, plan.first_reused)
         tracked.pending = plan
         return len(plan.claim), False
+
+    def _nothing(self, request: Request, num_computed: int) -> int | None:
+        """What a request that claims nothing is told: 0, or None where others claimed the step."""
+        work = self._work(request, num_computed)
+        return None if self._budget.is_spent_for(work, self._encoder_rows.num_encoded) else 0
+
+    def _work(self, request: Request, num_computed: int, plan: ReusePlan | None = None) -> Work:
+        """What a plan, if there is one, and then vLLM compute of a request in this step."""
+        tokens, encoded = 0, 0
+        if plan is not None:
+            num_computed, tokens = plan.claim.end, plan.num_computed
+            items = (request.mm_features[index] for index in plan.encoder_inputs)
+            encoded = sum(feature.mm_position.get_num_embeds() for feature in items)
+        rest = self._budget.chunk(request.num_tokens - num_computed)
+        rest_encoded = sum(
+            feature.mm_position.get_num_embeds()
+            for feature in request.mm_features
+            if feature.mm_position.offset < num_computed + rest
+            and feature.mm_position.offset + feature.mm_position.length > num_computed
+            and not self._encoder_rows.is_ready(feature.identifier)
+        )
+        return Work(tokens, rest, encoded, rest_encoded)
 
     def _is_fenced(self, tracked: TrackedRequest) -> bool:
         """Whether the approximate blocks of a request are for itself alone."""
@@ -220,6 +247,7 @@ class SchedulerSide:
                 num_external_cached_tokens=plan.num_reused,
             )
         tracked.loading = plan
+        self._budget.claim(self._work(request, 0, plan))
         self._step_reuse.append(plan)
 
     def _take_lookups(self, tracked: TrackedRequest, plan: ReusePlan | None) -> None:
@@ -239,7 +267,8 @@ class SchedulerSide:
             tier, outcome = self._lookup(tracked, item)
             if item.index not in planned:
                 # Found, and yet not in the plan: there was no room, or planning failed.
-                self.statistics.looked_up(tier, "failed" if outcome == "hit" else outcome)
+                why: Outcome = "skipped" if tracked.held_back == "budget" else "failed"
+                self.statistics.looked_up(tier, why if outcome == "hit" else outcome)
             elif outcome == "hit" and tier is not None:
                 tracked.tiers[item.index] = tier
         tracked.wanted = []
@@ -303,7 +332,9 @@ class SchedulerSide:
         if not self._may_reuse(tracked):
             return None
         if self._is_gated or any(self._donors.is_forbidden(item) for item in tracked.items):
-            tracked.is_gated = True
+            tracked.held_back = "gate"
+        else:
+            tracked.held_back = None
         plan = plan_reuse(
             request.request_id,
             tracked.items,
@@ -312,19 +343,32 @@ class SchedulerSide:
             find_donor=self._donors.find,
             select=functools.partial(self._options.select, tracked.options),
         )
-        if plan is None:
-            return None
-        encoder_inputs = {}
-        for item in self._items_in_runs(tracked, plan):
-            if self._encoder_rows.promise(item.encoder_key):
-                continue
-            feature = request.mm_features[item.index]
-            if feature.data is None:
-                return None
-            encoder_inputs[item.index] = (feature.modality, feature.data)
-        for reuse in plan.reused:
-            self._segments.promise(reuse.donor)
-        return replace(plan, encoder_inputs=encoder_inputs)
+        while plan is not None:
+            in_runs = self._items_in_runs(tracked, plan)
+            new = [i for i in in_runs if not self._encoder_rows.index.is_ready(i.encoder_key)]
+            features = {item.index: request.mm_features[item.index] for item in new}
+            plan = replace(
+                plan, encoder_inputs={n: (f.modality, f.data) for n, f in features.items()}
+            )
+            if not self._is_worth_it(request, plan):
+                tracked.held_back = "budget"
+            elif None not in (feature.data for feature in features.values()):
+                for item in in_runs:
+                    self._encoder_rows.promise(item.encoder_key)
+                for reuse in plan.reused:
+                    self._segments.promise(reuse.donor)
+                break
+            plan = plan.shorter()
+        return plan
+
+    def _is_worth_it(self, request: Request, plan: ReusePlan) -> bool:
+        """Whether a plan may be carried out some time, and its last item is worth the way to it."""
+        if plan.tokens_before_last > _LONGEST_WAY * len(plan.reused[-1].span):
+            return False
+        return self._fit(request, plan) != "never"
+
+    def _fit(self, request: Request, plan: ReusePlan) -> Fit:
+        return self._budget.fit(self._work(request, 0, plan), self._encoder_rows.num_encoded)
 
     @staticmethod
     def _items_in_runs(tracked: TrackedRequest, plan: ReusePlan) -> list[Item]:
@@ -373,6 +417,7 @@ class SchedulerSide:
                 cancelled.append(req_id)
         plan = StepPlan(reuse=self._step_reuse, cancelled=cancelled, finished=self._finished)
         self._step_reuse, self._finished = [], []
+        self._budget.end_step()
         if self._captures is not None:
             assert self._kv_cache_manager is not None
             for req_id, num_scheduled in output.num_scheduled_tokens.items():
@@ -447,8 +492,8 @@ class SchedulerSide:
             self._staging.forget(request.request_id)
         if tracked is None:
             return None
-        if tracked.is_gated:
-            self.statistics.happened("refused.gate")
+        if tracked.held_back is not None:
+            self.statistics.happened(f"refused.{tracked.held_back}")
         if self._captures is not None:
             self._captures.give_up(tracked)
         if tracked.context_sent:

@@ -113,7 +113,10 @@ def test_what_was_taken_is_new_once_and_is_still_known_by_name(world: World) -> 
 
 
 EVENTS = {
-    **{f"refused.{reason}": (metrics.REFUSED, reason) for reason in (*get_args(Refusal), "gate")},
+    **{
+        f"refused.{reason}": (metrics.REFUSED, reason)
+        for reason in (*get_args(Refusal), "gate", "budget")
+    },
     **{
         f"disk.read.refused_{reason}": (metrics.REFUSED, reason)
         for reason in get_args(RefusalReason)
