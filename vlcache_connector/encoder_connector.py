@@ -15,6 +15,7 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
 
 from .protocol import EncoderPlan, EncoderReport
 from .scheduler.encoder import ENCODER_ROWS, EncoderRows
+from .support import can_store
 from .worker.rank import RANK, Rank, close_rank
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ class VLCacheEncoderConnector(ECConnectorBase):
         self._rows: EncoderRows | None = None
         if role == ECConnectorRole.SCHEDULER:
             self._rows = ENCODER_ROWS.get(vllm_config)
+
+    @property
+    def is_producer(self) -> bool:
+        """Whether vLLM hands over new rows."""
+        return can_store(self._vllm_config)
 
     def shutdown(self) -> None:
         """Give back memory and threads."""

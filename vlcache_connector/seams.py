@@ -276,7 +276,12 @@ SEAMS: tuple[Seam, ...] = (
     ),
     _has("vllm.config:MultiModalConfig", "support.py", "video_pruning_rate mm_processor_kwargs"),
     _has("vllm.config:CacheConfig", "support.py", "cache_dtype block_size"),
-    _has("vllm.config:SchedulerConfig", "support.py", "max_num_batched_tokens"),
+    _has("vllm.config:ECTransferConfig", "support.py", "is_ec_producer"),
+    _has(
+        "vllm.config:SchedulerConfig",
+        "scheduler/budget.py",
+        "max_num_batched_tokens max_num_encoder_input_tokens long_prefill_token_threshold",
+    ),
     _has("vllm.config:LoadConfig", "support.py", "load_format"),
     _has("vllm.config:LoRAConfig", "support.py", "enable_tower_connector_lora"),
     _has("vllm.config:SpeculativeConfig", "support.py", "use_eagle uses_draft_model"),
@@ -297,6 +302,12 @@ SEAMS: tuple[Seam, ...] = (
         "prefill_stats skip_reading_prefix_cache block_hashes",
     ),
     _has("vllm.v1.request:RequestStatus", "scheduler/scheduler.py", "RUNNING"),
+    _has(
+        "vllm.v1.request:Request",
+        "scheduler/budget.py",
+        "num_tokens num_tokens_with_spec num_output_placeholders num_computed_tokens "
+        "num_output_tokens",
+    ),
     _takes(
         "vllm.v1.metrics.stats:PrefillStats.set",
         "scheduler/scheduler.py",

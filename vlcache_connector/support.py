@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,7 +19,7 @@ from .config import ConfigError, VLCacheConfig
 from .keys import digest
 
 if TYPE_CHECKING:
-    from vllm.config import KVTransferConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 SUPPORTED_ARCHITECTURES = frozenset(
@@ -139,14 +139,14 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
 
 
 def can_store(vllm_config: VllmConfig) -> bool:
-    """Whether new segments and encoder rows may be stored: the role is a producer's."""
+    """Whether new segments and encoder rows may be stored: the role is a producer's.
+
+    Beside the KV half, its `kv_role` decides.
+    """
     kv, ec = vllm_config.kv_transfer_config, vllm_config.ec_transfer_config
-    return bool(kv.is_kv_producer if kv is not None else ec is not None and ec.is_ec_producer)
-
-
-def encoder_role(kv_transfer_config: KVTransferConfig) -> Literal["ec_both", "ec_consumer"]:
-    """The `ec_role` that goes with a `kv_role`; an "ec_producer" runs no language model."""
-    return "ec_both" if kv_transfer_config.is_kv_producer else "ec_consumer"
+    if kv is not None and kv.kv_connector == "VLCacheConnector":
+        return bool(kv.is_kv_producer)
+    return ec is not None and bool(ec.is_ec_producer)
 
 
 def _refused_roles(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
@@ -154,7 +154,8 @@ def _refused_roles(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     assert kv is not None  # else this connector would not run
     config = config_of(vllm_config)
     is_shared = config.disk_path is not None or config.redis_url is not None
-    fitting = encoder_role(kv)
+    # An "ec_producer" runs no language model.
+    fitting = ("ec_both", "ec_consumer") if kv.is_kv_producer else ("ec_consumer",)
     is_ours = ec is not None and ec.ec_connector == "VLCacheEncoderConnector"
     return [
         (
@@ -163,8 +164,8 @@ def _refused_roles(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "redis_url, or kv_role=kv_both",
         ),
         (
-            ec is not None and is_ours and ec.ec_role != fitting,
-            f"ec_role={ec and ec.ec_role} with kv_role={kv.kv_role}: set ec_role={fitting}",
+            ec is not None and is_ours and ec.ec_role not in fitting,
+            f"ec_role={ec and ec.ec_role} with kv_role={kv.kv_role}: set ec_role={fitting[0]}",
         ),
     ]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from vllm.multimodal.inputs import PlaceholderRange
 
@@ -152,7 +152,6 @@ steps = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(
     steps=steps,
     halves=st.sampled_from([(True, True), (True, False), (False, True)]),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.request import Request, RequestStatus
 
@@ -126,7 +126,6 @@ arrivals = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(coming=arrivals)
 def test_no_step_is_longer_than_its_budget_and_all_requests_end(coming: list[Arrival]) -> None:
     """As vLLM schedules: running requests first, then those that wait, in order."""
