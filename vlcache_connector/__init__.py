@@ -18,11 +18,10 @@ def register() -> None:
     """
     from . import seams
 
-    if seams.intact("frontend.py"):
+    if all(map(seams.intact, ("frontend.py", "content.py", "identity.py", "support.py"))):
         from . import frontend
 
         frontend.resolve_encoder_half()
-        frontend.mark_client_chosen_names()
     if seams.intact("attention/hook.py"):
         from .attention import hook
 

@@ -117,6 +117,10 @@ class VLCacheConfig(BaseModel):
     share_unsalted: bool = True
     """Requests without a `cache_salt` share their segments; with `false` they reuse nothing."""
 
+    trust_client_names: bool = False
+    """Take the names that requests give to images and videos (`multi_modal_uuids`, hashes in the
+    body) for what they are; only behind a gateway that makes the names."""
+
     share_approximate_prefix: bool = False
     """Let vLLM's exact prefix cache keep blocks that contain reused KV."""
 

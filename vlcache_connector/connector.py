@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from .calibration import load_for
+from .identity import check_identity, model_fingerprint, weights_fingerprint
 from .metrics import VLCachePromMetrics, VLCacheStats
 from .protocol import StepPlan, StepReport
 from .scheduler import indices
@@ -27,14 +28,7 @@ from .scheduler.canonical import opening_tokens
 from .scheduler.gate import allowed_relations
 from .scheduler.scheduler import SchedulerSide
 from .seams import untested_version
-from .support import (
-    check_supported,
-    config_of,
-    inert_reason,
-    kv_shape,
-    model_fingerprint,
-    weights_fingerprint,
-)
+from .support import check_supported, config_of, inert_reason, kv_shape
 from .worker.loaded import loaded_model
 from .worker.model import SparsePrefillModel
 from .worker.ranks import own_rank
@@ -92,6 +86,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _make_scheduler_side(self) -> SchedulerSide:
         vllm_config = self._vllm_config
+        check_identity(vllm_config, is_loaded=True)
         segments, encoder_rows = indices.get_indices(vllm_config)
         shape = kv_shape(vllm_config)
         model = vllm_config.model_config.model

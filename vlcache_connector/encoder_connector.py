@@ -15,10 +15,11 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
 )
 from vllm.platforms import current_platform
 
+from .identity import model_fingerprint
 from .protocol import EncoderStepPlan, EncoderStepReport
 from .scheduler import indices
 from .scheduler.encoder import EncoderSchedulerSide
-from .support import model_fingerprint
+from .support import config_of
 from .worker.encoder import EncoderWorkerSide
 from .worker.storage import close_storage, get_storage
 
@@ -43,6 +44,7 @@ class VLCacheEncoderConnector(ECConnectorBase):
         if role == ECConnectorRole.SCHEDULER:
             _, encoder_rows = indices.get_indices(vllm_config)
             self._scheduler = EncoderSchedulerSide(
+                config_of(vllm_config),
                 fingerprint=model_fingerprint(vllm_config),
                 row_bytes=indices.encoder_row_bytes(vllm_config),
                 index=encoder_rows,

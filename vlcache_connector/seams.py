@@ -119,10 +119,34 @@ SEAMS: tuple[Seam, ...] = (
         "frontend.py",
         "ec_connector ec_role engine_id ec_connector_extra_config",
     ),
+    *_replaced(
+        "vllm.multimodal.processing.inputs:ProcessorInputs",
+        "content.py",
+        get_mm_hashes="model_id hash_algorithm",
+    ),
     _has(
         "vllm.multimodal.processing.inputs:ProcessorInputs",
-        "frontend.py",
-        "get_mm_hashes mm_uuid_items",
+        "content.py",
+        "mm_data_items mm_uuid_items",
+    ),
+    _takes("vllm.multimodal.hasher:_get_image_id_bytes", "content.py", "image"),
+    _has("vllm.multimodal.media:MediaWithBytes", "content.py", "media"),
+    *_replaced(
+        "vllm.multimodal.processing.processor:BaseMultiModalProcessor",
+        "content.py",
+        apply="inputs timing_ctx",
+    ),
+    _has("vllm.v1.engine.input_processor:InputProcessor", "content.py", "process_inputs"),
+    *_replaced(
+        "vllm.v1.engine.input_processor:InputProcessor",
+        "content.py",
+        inject_into_mm_cache="mm_hashes mm_kwargs",
+    ),
+    _has("vllm.v1.engine:EngineCoreRequest", "content.py", "mm_features"),
+    _has(
+        "vllm.multimodal.inputs:MultiModalFeatureSpec",
+        "content.py",
+        "identifier mm_position mm_hash",
     ),
     *_replaced(
         "vllm.model_executor.model_loader.base_loader:BaseModelLoader",
@@ -263,14 +287,39 @@ SEAMS: tuple[Seam, ...] = (
     _has(
         "vllm.config:ModelConfig",
         "support.py",
-        "model revision seed dtype quantization hf_config architectures multimodal_config "
-        "is_multimodal_model is_mm_prefix_lm use_mla uses_mrope get_num_layers get_num_kv_heads "
-        "get_head_size get_inputs_embeds_size",
+        "model dtype hf_config architectures multimodal_config is_multimodal_model "
+        "is_mm_prefix_lm use_mla uses_mrope get_num_layers get_num_kv_heads get_head_size "
+        "get_inputs_embeds_size",
     ),
-    _has("vllm.config:MultiModalConfig", "support.py", "video_pruning_rate mm_processor_kwargs"),
+    _has("vllm.config:MultiModalConfig", "support.py", "video_pruning_rate"),
+    _has(
+        "vllm.config:ModelConfig",
+        "identity.py",
+        "model model_weights revision seed dtype quantization hf_config multimodal_config",
+    ),
+    _has(
+        "vllm.config:MultiModalConfig",
+        "identity.py",
+        "mm_processor_kwargs media_io_kwargs mm_device_do_normalize mm_encoder_attn_dtype "
+        "mm_encoder_fp8_scale_path",
+    ),
+    _has("vllm.config:LoadConfig", "identity.py", "load_format download_dir"),
+    *_is_there(
+        "identity.py",
+        "vllm.envs:VLLM_USE_MODELSCOPE",
+        "vllm.envs:VLLM_VIDEO_LOADER_BACKEND",
+        "vllm.multimodal:MULTIMODAL_REGISTRY",
+    ),
+    _takes(
+        "vllm.multimodal.registry:MultiModalRegistry.create_processor",
+        "identity.py",
+        "model_config",
+    ),
+    _has(
+        "vllm.multimodal.processing.context:BaseProcessingInfo", "identity.py", "get_hf_processor"
+    ),
     _has("vllm.config:CacheConfig", "support.py", "cache_dtype block_size"),
     _has("vllm.config:SchedulerConfig", "support.py", "max_num_batched_tokens"),
-    _has("vllm.config:LoadConfig", "support.py", "load_format"),
     _has("vllm.config:LoRAConfig", "support.py", "enable_tower_connector_lora"),
     _has("vllm.config:SpeculativeConfig", "support.py", "use_eagle uses_draft_model"),
     _has(

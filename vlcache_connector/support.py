@@ -1,22 +1,17 @@
-"""What VLCache can serve: checks at start-up, and the identity of the model as it is run.
+"""What VLCache can serve: checks at start-up, and the shape of what it keeps.
 
 vLLM seams: `VllmConfig` and `KVCacheConfig` (`vllm/config`, `vllm/v1/kv_cache_interface.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from .config import ConfigError, VLCacheConfig
-from .keys import digest
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, VllmConfig
@@ -32,7 +27,7 @@ SUPPORTED_ARCHITECTURES = frozenset(
 )
 """Model classes whose inputs, positions and deepstack buffers the sparse prefill is tested with."""
 
-_PLAIN_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
+PLAIN_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _FLOAT8_KV_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
 """Of the paged cache: segments are kept as the model computes KV, and quantised when written."""
 
@@ -112,9 +107,9 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
             "remove the flag",
         ),
         (
-            kv_dtype not in _PLAIN_KV_DTYPES + _FLOAT8_KV_DTYPES,
+            kv_dtype not in PLAIN_KV_DTYPES + _FLOAT8_KV_DTYPES,
             f"kv_cache_dtype={kv_dtype}: allowed are "
-            + ", ".join(_PLAIN_KV_DTYPES + _FLOAT8_KV_DTYPES),
+            + ", ".join(PLAIN_KV_DTYPES + _FLOAT8_KV_DTYPES),
         ),
         (
             lora is not None and lora.enable_tower_connector_lora,
@@ -212,77 +207,6 @@ def inert_reason(vllm_config: VllmConfig) -> str | None:
             f"{', '.join(sorted(SUPPORTED_ARCHITECTURES))}"
         )
     return None
-
-
-def model_fingerprint(vllm_config: VllmConfig) -> str:
-    """Digest of all that a segment's numbers depend on but the image and its context.
-
-    The same on every server that runs the same weights in the same way, wherever they lie.
-    """
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    kv_dtype = vllm_config.cache_config.cache_dtype
-    return digest(
-        {
-            "weights": weights_fingerprint(vllm_config),
-            "dtype": str(model.dtype),
-            # All layers but the first attend to what was quantised.
-            "kv_cache_dtype": None if kv_dtype in _PLAIN_KV_DTYPES else kv_dtype,
-            "quantization": model.quantization,
-            "tp": parallel.tensor_parallel_size,
-            "mm_processor_kwargs": model.multimodal_config.mm_processor_kwargs
-            if model.multimodal_config
-            else None,
-        }
-    )
-
-
-def weights_fingerprint(vllm_config: VllmConfig) -> str:
-    """Digest of a checkpoint: its dimensions and samples of its weights.
-
-    It does not depend on where the checkpoint lies or how it is run (dtype, ranks).
-    """
-    model, load = vllm_config.model_config, vllm_config.load_config
-    if load.load_format == "dummy":
-        weights: Any = ["dummy", model.seed]
-    else:
-        weights = _weight_samples(_checkpoint_folder(model.model, model.revision))
-    return digest({"hf_config": _dimensions(model.hf_config.to_dict()), "weights": weights})
-
-
-def _dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A Hugging Face configuration without what says nothing about the numbers."""
-    volatile = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
-    return {
-        key: _dimensions(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in volatile
-    }
-
-
-def _checkpoint_folder(model: str, revision: str | None) -> Path | None:
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except (OSError, ValueError):
-        return None
-
-
-def _weight_samples(folder: Path | None) -> list[str]:
-    """Digests of a few pieces of every weight file."""
-    if folder is None:
-        return []
-    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    samples = []
-    for path in found:
-        size, hasher = path.stat().st_size, hashlib.sha256()
-        with path.open("rb") as file:
-            hasher.update(file.read(1 << 16))
-            for piece in range(1, 16):
-                file.seek(piece * size // 16)
-                hasher.update(file.read(1 << 12))
-        samples.append(f"{path.name}:{size}:{hasher.hexdigest()}")
-    return samples
 
 
 def engine_id(vllm_config: VllmConfig) -> str:

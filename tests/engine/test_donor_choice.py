@@ -142,7 +142,7 @@ def test_an_image_of_one_token_requests_is_computed_all_the_same(canonical: Engi
 
 
 def fingerprint(llm: Any) -> str:
-    from vlcache_connector.support import weights_fingerprint
+    from vlcache_connector.identity import weights_fingerprint
 
     return weights_fingerprint(llm.llm_engine.vllm_config)
 

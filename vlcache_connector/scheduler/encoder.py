@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..frontend import is_content_hash
+from ..config import VLCacheConfig
+from ..content import may_be_kept
 from ..keys import encoder_key
 from ..protocol import EncoderStepPlan, EncoderStepReport
 from .index import ResidencyIndex
@@ -22,7 +23,8 @@ class EncoderSchedulerSide:
     """Answers vLLM's encoder scheduling from the index of stored encoder rows.
 
     Args:
-        fingerprint: `support.model_fingerprint`.
+        config: VLCache's options.
+        fingerprint: `identity.model_fingerprint`.
         row_bytes: bytes of one encoder output row.
         index: of the stored encoder rows, shared with the KV half.
         num_ranks: tensor-parallel ranks.
@@ -31,6 +33,7 @@ class EncoderSchedulerSide:
 
     def __init__(
         self,
+        config: VLCacheConfig,
         *,
         fingerprint: str,
         row_bytes: int,
@@ -38,6 +41,7 @@ class EncoderSchedulerSide:
         num_ranks: int,
         can_store: bool,
     ) -> None:
+        self._config = config
         self._fingerprint = fingerprint
         self._row_bytes = row_bytes
         self._index = index
@@ -52,7 +56,7 @@ class EncoderSchedulerSide:
     def has_cache_item(self, identifier: str) -> bool:
         """Whether all ranks hold the rows; they stay until the step that was asked for is over."""
         key = self._key(identifier)
-        if not is_content_hash(identifier) or not self._index.is_ready(key):
+        if not may_be_kept(identifier, self._config) or not self._index.is_ready(key):
             return False
         self._index.promise(key)
         return True
@@ -75,7 +79,7 @@ class EncoderSchedulerSide:
                 key = self._key(feature.identifier)
                 num_bytes = feature.mm_position.get_num_embeds() * self._row_bytes
                 self._loads.pop(feature.identifier, None)
-                is_kept = self._can_store and is_content_hash(feature.identifier)
+                is_kept = self._can_store and may_be_kept(feature.identifier, self._config)
                 if is_kept and self._index.reserve(key, num_bytes):
                     saves[feature.identifier] = key
         plan = EncoderStepPlan(loads=self._loads, saves=saves, dropped=self._index.take_evicted())

@@ -46,7 +46,7 @@ class SchedulerSide:
     Args:
         config: VLCache's options.
         shape: of one token's KV on one rank.
-        fingerprint: `support.model_fingerprint`.
+        fingerprint: `identity.model_fingerprint`.
         hash_block_size: tokens per hash of vLLM's prefix cache.
         max_batched_tokens: `max_num_batched_tokens`, the most the sparse prefills of one step
             may compute unless a single request needs more.

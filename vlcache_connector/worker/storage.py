@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from vllm.platforms import current_platform
 
+from ..identity import check_identity, model_fingerprint
 from ..protocol import Fetched, FetchPlan, TierState
 from ..store import Kind, KVWriter, LMCacheSegmentStore, Segment, SegmentStore
 from ..streams import Leaving, Side, make_side
-from ..support import config_of, engine_id, kv_shape, model_fingerprint
+from ..support import config_of, engine_id, kv_shape
 from ..tiers import open_tiers
 from .device import DeviceSegments
 from .memory import check_memory, host_memory
@@ -192,6 +193,7 @@ def _open(vllm_config: VllmConfig) -> _Opened:
 
 
 def _make(vllm_config: VllmConfig) -> _Opened:
+    check_identity(vllm_config, is_loaded=True)
     config, shape = config_of(vllm_config), kv_shape(vllm_config)
     rank = own_rank()
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
