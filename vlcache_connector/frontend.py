@@ -16,7 +16,7 @@ from vllm.config import ECTransferConfig, VllmConfig
 
 from .content import identify_items
 from .identity import check_identity
-from .support import encoder_role, inert_reason
+from .support import inert_reason
 
 
 def resolve_encoder_half() -> None:
@@ -50,7 +50,9 @@ def _turn_on_encoder_half(config: VllmConfig) -> None:
         return
     config.ec_transfer_config = ECTransferConfig(
         ec_connector="VLCacheEncoderConnector",
-        ec_role=encoder_role(kv),
+        # For a producer vLLM encodes an image of the largest size at every start, to learn a width
+        # that this connector does not use; whether rows are stored is up to `kv_role`.
+        ec_role="ec_consumer",
         engine_id=kv.engine_id,
     )
 
