@@ -19,6 +19,22 @@ def refusal(model: Path, connector: dict[str, Any], **arguments: Any) -> str:
     return str(refused.value).strip().splitlines()[-1].strip()
 
 
+def is_touched(llm: Any) -> bool:
+    """Whether anything stands in place of what vLLM has for images and attention."""
+    from vllm.multimodal.processing.inputs import ProcessorInputs
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return hasattr(ProcessorInputs.get_mm_hashes, "_vlcache_original") or any(
+        AttentionBackendEnum[name].is_overridden()
+        for name in ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+    )
+
+
+def test_a_process_without_it_is_left_as_it_is(engines: Callable[..., Engine]) -> None:
+    assert not engines(None).call(is_touched)
+    assert engines({}).call(is_touched)
+
+
 def test_a_disk_path_that_can_not_be_written_to(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
