@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 from .protocol import EncoderStepPlan, EncoderStepReport
 from .scheduler import indices
 from .scheduler.encoder import EncoderSchedulerSide
-from .support import model_fingerprint
+from .support import model_fingerprint, own_transfer
 from .worker.encoder import EncoderWorkerSide
 from .worker.storage import close_storage, get_storage
 
@@ -53,6 +53,12 @@ class VLCacheEncoderConnector(ECConnectorBase):
             self._worker = EncoderWorkerSide(
                 lambda: get_storage(vllm_config), torch.device(current_platform.device_type)
             )
+
+    @property
+    def is_producer(self) -> bool:
+        """Whether new rows are stored: beside the KV half, its `kv_role` decides."""
+        kv = own_transfer(self._vllm_config)
+        return super().is_producer if kv is None else kv.is_kv_producer
 
     def shutdown(self) -> None:
         """Give back memory and threads."""

@@ -33,7 +33,6 @@ from .refusals import check_options
 from .support import (
     ENCODER_CONNECTOR,
     KV_CONNECTOR,
-    encoder_role,
     inert_reason,
     own_transfer,
     uses_vlcache,
@@ -118,7 +117,11 @@ def _resolve_mm_embedding_inputs(
     own = own_transfer(config)
     if own is not None and ec is None and inert_reason(config) is None:
         config.ec_transfer_config = ECTransferConfig(
-            ec_connector=ENCODER_CONNECTOR, ec_role=encoder_role(own), engine_id=own.engine_id
+            ec_connector=ENCODER_CONNECTOR,
+            # For a producer vLLM encodes an image of the largest size at every start, to learn a
+            # width that this connector does not use; whether rows are stored is up to `kv_role`.
+            ec_role="ec_consumer",
+            engine_id=own.engine_id,
         )
 
 

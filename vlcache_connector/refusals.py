@@ -19,7 +19,6 @@ from .support import (
     PLAIN_KV_DTYPES,
     UnsupportedError,
     config_of,
-    encoder_role,
     may_reuse,
     own_transfer,
     transfers_of,
@@ -111,7 +110,9 @@ def _other_encoder_role(config: VllmConfig) -> str | None:
     kv, ec = own_transfer(config), config.ec_transfer_config
     if kv is None or ec is None or ec.ec_connector != ENCODER_CONNECTOR:
         return None
-    return ec.ec_role if ec.ec_role != encoder_role(kv) else None
+    # An "ec_producer" runs no language model.
+    fitting = ("ec_both", "ec_consumer") if kv.is_kv_producer else ("ec_consumer",)
+    return ec.ec_role if ec.ec_role not in fitting else None
 
 
 def _siblings(config: VllmConfig) -> str | None:
@@ -147,7 +148,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "ec_role",
         _other_encoder_role,
         "it does not go with the kv_role; leave out --ec-transfer-config, or set "
-        "ec_role=ec_consumer beside kv_role=kv_consumer, else ec_both",
+        "ec_role=ec_consumer",
     ),
     Refusal(
         "pipeline_parallel_size",

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -109,11 +109,6 @@ def transfers_of(kv: KVTransferConfig | None) -> list[KVTransferConfig]:
 def may_reuse(kv: KVTransferConfig) -> bool:
     """Whether stored segments are reused; without, nothing approximate is ever written."""
     return kv.kv_role != "kv_producer"
-
-
-def encoder_role(kv: KVTransferConfig) -> Literal["ec_both", "ec_consumer"]:
-    """The `ec_role` that goes with a `kv_role`; an "ec_producer" runs no language model."""
-    return "ec_both" if kv.is_kv_producer else "ec_consumer"
 
 
 def kv_shape(vllm_config: VllmConfig) -> KVShape:

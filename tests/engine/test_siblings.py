@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.engine import IMAGE, Ask, engines_together
+from tests.helpers.engine import IMAGE, Ask, Engine
 
-A, B = (31, 224), (32, 224)
+A, B = (31, 448), (32, 448)
+"""Each fills more than one of the blocks that vLLM's connector saves."""
 ASKS = (
     Ask(f"the first about {IMAGE} here", (A,)),
     Ask(f"two of them {IMAGE} and {IMAGE}", (B, A)),
@@ -64,19 +65,22 @@ def test_a_producer_lets_nothing_approximate_out_through_its_siblings(
     transfers = {"alone": example(tmp_path / "alone"), "both": both}
     answers = {}
     for name, transfer in transfers.items():
-        with engines_together(
-            model, {name: None}, kv_transfer_config=transfer, **common
-        ) as started:
-            answers[name] = [started[name].ask(ask)[0] for ask in ASKS]
+        engine = Engine(model, None, kv_transfer_config=transfer, **common)
+        try:
+            answers[name] = [engine.ask(ask)[0] for ask in ASKS]
+        finally:
+            engine.close()
     assert [a.tokens for a in answers["both"]] == [a.tokens for a in answers["alone"]]
     assert all((a.figures or {})["reused_tokens"] == 0 for a in answers["both"])
     assert saved(tmp_path / "both") == saved(tmp_path / "alone")
     assert len(saved(tmp_path / "both")) == len(ASKS) * 4  # layers
 
     # What it stored meanwhile is reused elsewhere.
-    connector = vlcache | {"gate": "off"}
-    with engines_together(model, {"consumer": connector}) as started:
-        [warm] = started["consumer"].ask(ASKS[2])
+    engine = Engine(model, vlcache)
+    try:
+        [warm] = engine.ask(ASKS[2])
+    finally:
+        engine.close()
     assert warm.figures is not None
     assert warm.figures["tier"] == "disk"
     assert warm.figures["reused_tokens"] > 0

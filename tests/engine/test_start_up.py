@@ -71,8 +71,8 @@ def test_contradictory_roles(tiny_model: Callable[..., Path], tmp_path: Path) ->
 
     message = refusal(tiny_model(), {}, kv_transfer_config=transfer("kv_consumer"))
     assert message == (
-        "kv_role=kv_consumer without a tier that other servers share: set disk_path or redis_url, "
-        "or kv_role=kv_both"
+        "kv_role=kv_consumer: no tier that other servers share; set disk_path or redis_url, or "
+        "kv_role=kv_both"
     )
     message = refusal(
         tiny_model(),
@@ -84,4 +84,7 @@ def test_contradictory_roles(tiny_model: Callable[..., Path], tmp_path: Path) ->
             "ec_connector_module_path": "vlcache_connector.encoder_connector",
         },
     )
-    assert message == "ec_role=ec_both with kv_role=kv_consumer: set ec_role=ec_consumer"
+    assert message == (
+        "ec_role=ec_both: it does not go with the kv_role; leave out --ec-transfer-config, or set "
+        "ec_role=ec_consumer"
+    )

@@ -214,7 +214,7 @@ def test_a_producer_is_served_beside_others(tiny_model: Callable[..., Path]) -> 
     config = engine_config(tiny_model(), kv_transfer_config=several(EXAMPLE, producer))
     ec = config.ec_transfer_config
     assert ec is not None
-    assert (ec.ec_connector, ec.ec_role) == ("VLCacheEncoderConnector", "ec_both")
+    assert (ec.ec_connector, ec.ec_role) == ("VLCacheEncoderConnector", "ec_consumer")
     assert config.kv_transfer_config is not None
     assert ec.engine_id == config.kv_transfer_config.engine_id
 

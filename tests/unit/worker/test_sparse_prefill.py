@@ -45,7 +45,7 @@ SHAPE = KVShape(NUM_LAYERS, HEADS, DIM, torch.float32, BLOCK)
 SPEC = RotarySpec(torch.tensor([1.0]), DIM, DIM, is_neox=True)
 TOKEN_IDS_PER_REQUEST = 1000
 
-property_test = settings(deadline=None, max_examples=40)
+property_test = settings(max_examples=40)
 
 
 @pytest.fixture(autouse=True)
