@@ -30,8 +30,12 @@ Bytes = Annotated[int, BeforeValidator(_byte_size)]
 """A number of bytes: an integer, or a string with a unit."""
 
 
-class ConfigError(ValueError):
-    """A configuration key that VLCache can't accept; the message names key, value and remedy."""
+class ConfigError(Exception):
+    """A configuration key that VLCache can't accept; the message names key, value and remedy.
+
+    No ValueError: pydantic, which vLLM's configuration is made with, would wrap that in a report of
+    its own.
+    """
 
 
 class VLCacheConfig(BaseModel):

@@ -23,12 +23,18 @@ from .calibration import load_for
 from .identity import check_identity, model_fingerprint, weights_fingerprint
 from .metrics import VLCachePromMetrics, VLCacheStats
 from .protocol import StepPlan, StepReport
+from .refusals import check_kv_cache, uncaptured_steps
 from .scheduler import indices
 from .scheduler.canonical import opening_tokens
 from .scheduler.gate import allowed_relations
 from .scheduler.scheduler import SchedulerSide
 from .seams import untested_version
-from .support import check_supported, config_of, inert_reason, kv_shape
+from .support import (
+    config_of,
+    inert_reason,
+    kv_shape,
+    may_reuse,
+)
 from .worker.loaded import loaded_model
 from .worker.model import SparsePrefillModel
 from .worker.ranks import own_rank
@@ -73,10 +79,12 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._inert is not None:
             logger.warning("VLCache is off, vLLM runs as without it: %s", self._inert)
             return
-        check_supported(vllm_config, kv_cache_config)
-        if role == KVConnectorRole.SCHEDULER and (untested := untested_version()):
-            logger.warning("VLCache: %s; all that it uses of it is there", untested)
+        check_kv_cache(kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
+            if untested := untested_version():
+                logger.warning("VLCache: %s; all that it uses of it is there", untested)
+            if uncaptured := uncaptured_steps(vllm_config):
+                logger.warning("VLCache: %s", uncaptured)
             self._scheduler = self._make_scheduler_side()
 
     @property
@@ -108,7 +116,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             else None,
             allowed=allowed_relations(self._config, calibration, model),
             can_store=self._kv_transfer_config.is_kv_producer,
-            can_reuse=self._kv_transfer_config.is_kv_consumer,
+            can_reuse=may_reuse(self._kv_transfer_config),
             num_ranks=vllm_config.parallel_config.tensor_parallel_size,
         )
 

@@ -19,7 +19,7 @@ from .identity import model_fingerprint
 from .protocol import EncoderStepPlan, EncoderStepReport
 from .scheduler import indices
 from .scheduler.encoder import EncoderSchedulerSide
-from .support import config_of
+from .support import config_of, own_transfer
 from .worker.encoder import EncoderWorkerSide
 from .worker.storage import close_storage, get_storage
 
@@ -59,10 +59,8 @@ class VLCacheEncoderConnector(ECConnectorBase):
     @property
     def is_producer(self) -> bool:
         """Whether new rows are stored: beside the KV half, its `kv_role` decides."""
-        kv = self._vllm_config.kv_transfer_config
-        if kv is not None and kv.kv_connector == "VLCacheConnector":
-            return bool(kv.is_kv_producer)
-        return super().is_producer
+        kv = own_transfer(self._vllm_config)
+        return super().is_producer if kv is None else kv.is_kv_producer
 
     def shutdown(self) -> None:
         """Give back memory and threads."""

@@ -1,6 +1,6 @@
-"""What VLCache can serve: checks at start-up, and the shape of what it keeps.
+"""What VLCache is configured to do, and the model that it does it with.
 
-vLLM seams: `VllmConfig` and `KVCacheConfig` (`vllm/config`, `vllm/v1/kv_cache_interface.py`).
+vLLM seam: `VllmConfig` (`vllm/config`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.config import KVTransferConfig
 
 from .config import ConfigError, VLCacheConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 SUPPORTED_ARCHITECTURES = frozenset(
     {
@@ -27,8 +26,11 @@ SUPPORTED_ARCHITECTURES = frozenset(
 )
 """Model classes whose inputs, positions and deepstack buffers the sparse prefill is tested with."""
 
+KV_CONNECTOR = "VLCacheConnector"
+ENCODER_CONNECTOR = "VLCacheEncoderConnector"
+
 PLAIN_KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
-_FLOAT8_KV_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+FLOAT8_KV_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
 """Of the paged cache: segments are kept as the model computes KV, and quantised when written."""
 
 
@@ -66,109 +68,42 @@ def config_of(vllm_config: VllmConfig) -> VLCacheConfig:
     Raises:
         ConfigError: a key is unknown, ill-typed or out of range.
     """
-    kv = vllm_config.kv_transfer_config
-    if kv is not None and kv.kv_connector == "VLCacheConnector":
+    kv, ec = own_transfer(vllm_config), vllm_config.ec_transfer_config
+    if kv is not None:
         return VLCacheConfig.from_extra_config(kv.kv_connector_extra_config)
-    ec = vllm_config.ec_transfer_config
     return VLCacheConfig.from_extra_config(ec.ec_connector_extra_config if ec is not None else {})
 
 
-def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    """Refuse options and models under which reuse would be wrong.
-
-    Raises:
-        UnsupportedError: one line per refused option, with what to do.
-    """
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    speculative, lora = vllm_config.speculative_config, vllm_config.lora_config
-    multimodal = model.multimodal_config
-    kv_dtype = vllm_config.cache_config.cache_dtype
-    refusals = [
-        (
-            parallel.pipeline_parallel_size > 1,
-            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: the sparse prefill needs "
-            "all layers in one worker; use --tensor-parallel-size instead",
-        ),
-        (
-            parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1,
-            "context parallelism splits a segment's KV over ranks; set "
-            "--prefill-context-parallel-size and --decode-context-parallel-size to 1",
-        ),
-        (
-            parallel.data_parallel_size > 1 and parallel.is_moe_model is not False,
-            f"data_parallel_size={parallel.data_parallel_size} with a mixture-of-experts model: "
-            "ranks would wait for each other inside the sparse prefill; run separate servers",
-        ),
-        (parallel.enable_dbo, "enable_dbo: dual-batch overlap is not supported; leave it off"),
-        (model.use_mla, "MLA models keep a compressed KV that can't be rotated; remove the flag"),
-        (
-            model.is_mm_prefix_lm,
-            "this model attends bidirectionally inside images, which the sparse prefill does not; "
-            "remove the flag",
-        ),
-        (
-            kv_dtype not in PLAIN_KV_DTYPES + _FLOAT8_KV_DTYPES,
-            f"kv_cache_dtype={kv_dtype}: allowed are "
-            + ", ".join(PLAIN_KV_DTYPES + _FLOAT8_KV_DTYPES),
-        ),
-        (
-            lora is not None and lora.enable_tower_connector_lora,
-            "enable_tower_connector_lora: encoder outputs would differ per adapter; leave it off",
-        ),
-        (
-            speculative is not None and (speculative.use_eagle() or speculative.uses_draft_model()),
-            "speculative decoding with a draft model: the draft's own KV of reused tokens would "
-            "be missing; use the ngram method or none",
-        ),
-        (
-            multimodal is not None and bool(multimodal.video_pruning_rate),
-            "video_pruning_rate: pruning changes positions after the prompt is planned; set it "
-            "to 0",
-        ),
-    ]
-    refusals.append(_refused_kv_groups(kv_cache_config))
-    refusals += _refused_roles(vllm_config)
-    lines = [text for refused, text in refusals if refused]
-    if lines:
-        raise UnsupportedError("VLCacheConnector can't run with:\n  " + "\n  ".join(lines))
+def uses_vlcache(vllm_config: VllmConfig) -> bool:
+    """Whether the KV half or the encoder half is configured."""
+    ec = vllm_config.ec_transfer_config
+    is_ours = ec is not None and ec.ec_connector == ENCODER_CONNECTOR
+    return is_ours or own_transfer(vllm_config) is not None
 
 
-def _refused_roles(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
-    kv, ec = vllm_config.kv_transfer_config, vllm_config.ec_transfer_config
-    assert kv is not None  # else this connector would not run
-    config = config_of(vllm_config)
-    is_shared = config.disk_path is not None or config.redis_url is not None
-    # An "ec_producer" runs no language model.
-    fitting = ("ec_both", "ec_consumer") if kv.is_kv_producer else ("ec_consumer",)
-    is_ours = ec is not None and ec.ec_connector == "VLCacheEncoderConnector"
+def own_transfer(vllm_config: VllmConfig) -> KVTransferConfig | None:
+    """The KV half's configuration, which may be one of several below `MultiConnector`."""
+    transfers = transfers_of(vllm_config.kv_transfer_config)
+    return next((kv for kv in transfers if kv.kv_connector == KV_CONNECTOR), None)
+
+
+def transfers_of(kv: KVTransferConfig | None) -> list[KVTransferConfig]:
+    """The configurations of all KV connectors: those below `MultiConnector`, or the one."""
+    if kv is None:
+        return []
+    if kv.kv_connector != "MultiConnector":
+        return [kv]
+    children = kv.kv_connector_extra_config.get("connectors", ())
     return [
-        (
-            kv.kv_role != "kv_both" and not is_shared,
-            f"kv_role={kv.kv_role} without a tier that other servers share: set disk_path or "
-            "redis_url, or kv_role=kv_both",
-        ),
-        (
-            ec is not None and is_ours and ec.ec_role not in fitting,
-            f"ec_role={ec and ec.ec_role} with kv_role={kv.kv_role}: set ec_role={fitting[0]}",
-        ),
+        transfer
+        for child in children
+        for transfer in transfers_of(KVTransferConfig(**{"engine_id": kv.engine_id, **child}))
     ]
 
 
-def _refused_kv_groups(kv_cache_config: KVCacheConfig) -> tuple[bool, str]:
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    plain = [
-        type(spec) is FullAttentionSpec
-        and spec.sliding_window is None
-        and spec.attention_chunk_size is None
-        and spec.head_size_v == spec.head_size
-        for spec in specs
-    ]
-    kinds = ", ".join(type(spec).__name__ for spec in specs) or "none"
-    return plain != [True], (
-        "a KV cache that is not one group of plain full-attention layers (here: "
-        f"{kinds}): sliding-window, hybrid and state-space models are not supported; remove the "
-        "flag"
-    )
+def may_reuse(kv: KVTransferConfig) -> bool:
+    """Whether stored segments are reused; without, nothing approximate is ever written."""
+    return kv.kv_role != "kv_producer"
 
 
 def kv_shape(vllm_config: VllmConfig) -> KVShape:
@@ -195,12 +130,20 @@ def inert_reason(vllm_config: VllmConfig) -> str | None:
     model = vllm_config.model_config
     if not config_of(vllm_config).enabled:
         return "enabled=false"
-    if not model.is_multimodal_model:
+    multimodal = model.multimodal_config
+    if multimodal is None or not model.is_multimodal_model:
         return "the model takes no images"
     if not SUPPORTED_ARCHITECTURES & set(model.architectures):
         return (
             f"architecture {', '.join(model.architectures)} is untested; tested ones are "
             f"{', '.join(sorted(SUPPORTED_ARCHITECTURES))}"
+        )
+    cache = vllm_config.cache_config
+    if multimodal.mm_processor_cache_gb == 0 and not cache.enable_prefix_caching:
+        return (
+            "enable_prefix_caching=False with mm_processor_cache_gb=0: vLLM then gives images no "
+            "content hash; set --mm-processor-cache-gb above 0, or leave out "
+            "--no-enable-prefix-caching"
         )
     return None
 

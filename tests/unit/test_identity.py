@@ -298,7 +298,7 @@ def engine_config(model: Path | str, **extra: Any) -> VllmConfig:
 def test_tiers_that_engines_share_are_refused_without_an_identity(
     tiny_model: Callable[..., Path], extra: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"{named} with model=.*load_format=tensorizer: the weig"):
+    with pytest.raises(ConfigError, match=f"{named} with model=.*load_format=tensorizer: the weig"):
         engine_config(tiny_model(), **extra, arguments={"load_format": "tensorizer"})
 
 
@@ -314,7 +314,7 @@ def test_a_folder_without_weights_is_refused_at_once(
 ) -> None:
     model = shutil.copytree(tiny_model(), tmp_path / "model")
     (model / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="the weights are in no local file"):
+    with pytest.raises(ConfigError, match="the weights are in no local file"):
         engine_config(model, disk_path=str(tmp_path / "disk"))
 
 

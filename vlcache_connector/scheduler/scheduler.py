@@ -406,10 +406,6 @@ class SchedulerSide:
             self._staging.update(report.fetched)
         for key, ranks in report.stored.items():
             self._segments.stored(key, ranks)
-        if self._canonical is not None:
-            assert self._kv_cache_manager is not None
-            for key in {*report.stored, *report.lost}:
-                self._canonical.finish(key, self._kv_cache_manager.block_pool)
         self.statistics.take_report(report)
         for key in report.lost:
             self._segments.lost(key)

@@ -22,7 +22,7 @@ from ..streams import Leaving, Side, make_side
 from ..support import config_of, engine_id, kv_shape
 from ..tiers import open_tiers
 from .device import DeviceSegments
-from .memory import check_memory, host_memory
+from .memory import check_memory, host_memory, taking_turns
 from .pace import Pace
 from .ranks import own_rank
 from .transfers import Admission, Transfers
@@ -202,23 +202,24 @@ def _make(vllm_config: VllmConfig) -> _Opened:
     pace = Pace(device, config.prefill_tokens_per_second)
     tiers = open_tiers(config, fingerprint, model)
     budget = host_memory(config, num_ranks)
-    check_memory(config, budget, device)
     side = make_side(device)
-    host = LMCacheSegmentStore(
-        model_name=model,
-        fingerprint=fingerprint,
-        rank=rank,
-        world_size=num_ranks,
-        budget_bytes=budget,
-        num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        kv_dtype=shape.dtype,
-        # This process wrote or checked the memory itself: a checksum over each read would only
-        # cost time.
-        verify=False,
-        side=side,
-    )
+    with taking_turns():
+        check_memory(config, budget, device)
+        host = LMCacheSegmentStore(
+            model_name=model,
+            fingerprint=fingerprint,
+            rank=rank,
+            world_size=num_ranks,
+            budget_bytes=budget,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            kv_dtype=shape.dtype,
+            # This process wrote or checked the memory itself: a checksum over each read would only
+            # cost time.
+            verify=False,
+            side=side,
+        )
     transfers = None
     if tiers:
         transfers = Transfers(
