@@ -59,8 +59,8 @@ class VLLMServer:
 
     Args:
         model_dir: the checkpoint.
-        connector: VLCache's options (`kv_connector_extra_config`), over a gate that is off, as
-            speed is measured here and no answers; None for plain vLLM.
+        connector: VLCache's options (`kv_connector_extra_config`), over a gate that is off:
+            what reuse does is measured here, whatever was verified; None for plain vLLM.
         extra_args: more arguments of `vllm serve`.
         log_path: file for everything the server prints; replaced if it exists.
         env: more environment variables. `VLLM_CPU_KVCACHE_SPACE` is 1 (GiB) unless it is set

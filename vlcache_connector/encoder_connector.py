@@ -13,13 +13,14 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
     ECConnectorMetadata,
     ECConnectorRole,
 )
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from .identity import model_fingerprint
 from .protocol import EncoderStepPlan, EncoderStepReport
 from .scheduler import indices
 from .scheduler.encoder import EncoderSchedulerSide
-from .support import config_of, own_transfer
+from .support import config_of, no_content_hashes, own_transfer
 from .worker.encoder import EncoderWorkerSide
 from .worker.storage import close_storage, get_storage
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ECConnectorOutput
     from vllm.v1.request import Request
+
+logger = init_logger(__name__)
 
 
 class VLCacheEncoderConnector(ECConnectorBase):
@@ -42,6 +45,8 @@ class VLCacheEncoderConnector(ECConnectorBase):
         self._scheduler: EncoderSchedulerSide | None = None
         self._worker: EncoderWorkerSide | None = None
         if role == ECConnectorRole.SCHEDULER:
+            if own_transfer(vllm_config) is None and (reason := no_content_hashes(vllm_config)):
+                logger.warning("VLCache keeps no encoder outputs: %s", reason)
             _, encoder_rows = indices.get_indices(vllm_config)
             self._scheduler = EncoderSchedulerSide(
                 config_of(vllm_config),

@@ -130,22 +130,25 @@ def inert_reason(vllm_config: VllmConfig) -> str | None:
     model = vllm_config.model_config
     if not config_of(vllm_config).enabled:
         return "enabled=false"
-    multimodal = model.multimodal_config
-    if multimodal is None or not model.is_multimodal_model:
+    if not model.is_multimodal_model:
         return "the model takes no images"
     if not SUPPORTED_ARCHITECTURES & set(model.architectures):
         return (
             f"architecture {', '.join(model.architectures)} is untested; tested ones are "
             f"{', '.join(sorted(SUPPORTED_ARCHITECTURES))}"
         )
-    cache = vllm_config.cache_config
-    if multimodal.mm_processor_cache_gb == 0 and not cache.enable_prefix_caching:
-        return (
-            "enable_prefix_caching=False with mm_processor_cache_gb=0: vLLM then gives images no "
-            "content hash; set --mm-processor-cache-gb above 0, or leave out "
-            "--no-enable-prefix-caching"
-        )
-    return None
+    return no_content_hashes(vllm_config)
+
+
+def no_content_hashes(vllm_config: VllmConfig) -> str | None:
+    """Why vLLM gives images names that hold for one request only; None: it hashes them."""
+    multimodal, cache = vllm_config.model_config.multimodal_config, vllm_config.cache_config
+    if multimodal is None or multimodal.mm_processor_cache_gb > 0 or cache.enable_prefix_caching:
+        return None
+    return (
+        "enable_prefix_caching=False with mm_processor_cache_gb=0: vLLM then gives images no "
+        "content hash; set --mm-processor-cache-gb above 0, or leave out --no-enable-prefix-caching"
+    )
 
 
 def engine_id(vllm_config: VllmConfig) -> str:

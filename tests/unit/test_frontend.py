@@ -55,6 +55,22 @@ def test_vllm_encodes_nothing_at_the_start(tiny_model: Callable[..., Path]) -> N
     measure_encoder_output_widths(config, lambda *_: pytest.fail("an item is encoded"))
 
 
+@pytest.mark.parametrize("cache_gb", [0, 1])
+def test_an_encoder_half_that_gets_no_content_hashes_says_so(
+    tiny_model: Callable[..., Path], caplog: pytest.LogCaptureFixture, cache_gb: int
+) -> None:
+    config = engine_config(
+        tiny_model(),
+        ec_transfer_config=ENCODER,
+        enable_prefix_caching=False,
+        mm_processor_cache_gb=cache_gb,
+    )
+    with caplog.at_level("WARNING", logger="vlcache_connector.encoder_connector"):
+        ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER).shutdown()
+    told = [r for r in caplog.records if "mm_processor_cache_gb=0: " in r.getMessage()]
+    assert len(told) == (cache_gb == 0)
+
+
 @pytest.mark.parametrize(
     "transfer",
     [FOREIGN, VLCACHE | {"kv_connector_extra_config": {"enabled": False}}],
