@@ -24,12 +24,14 @@ from .identity import check_identity, model_fingerprint, weights_fingerprint
 from .metrics import VLCachePromMetrics, VLCacheStats
 from .protocol import StepPlan, StepReport
 from .refusals import check_kv_cache, uncaptured_steps
-from .scheduler import indices
 from .scheduler.canonical import opening_tokens
+from .scheduler.encoder import ENCODER_ROWS
 from .scheduler.gate import allowed_relations
+from .scheduler.index import ResidencyIndex
 from .scheduler.scheduler import SchedulerSide
 from .seams import untested_version
 from .support import (
+    can_store,
     config_of,
     inert_reason,
     kv_shape,
@@ -37,8 +39,8 @@ from .support import (
 )
 from .worker.loaded import loaded_model
 from .worker.model import SparsePrefillModel
+from .worker.rank import RANK, close_rank
 from .worker.ranks import own_rank
-from .worker.storage import close_storage, get_pace, get_storage
 from .worker.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def _make_scheduler_side(self) -> SchedulerSide:
         vllm_config = self._vllm_config
         check_identity(vllm_config, is_loaded=True)
-        segments, encoder_rows = indices.get_indices(vllm_config)
+        num_ranks = vllm_config.parallel_config.tensor_parallel_size
         shape = kv_shape(vllm_config)
         model = vllm_config.model_config.model
         calibration = load_for(
@@ -106,18 +108,17 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             shape,
             hash_block_size=self._kv_cache_config.hash_block_size or shape.block_size,
             fingerprint=model_fingerprint(vllm_config),
-            max_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            encoder_row_bytes=indices.encoder_row_bytes(vllm_config),
-            segments=segments,
-            encoder_rows=encoder_rows,
+            limits=vllm_config.scheduler_config,
+            segments=ResidencyIndex(self._config.cpu_bytes // num_ranks, num_ranks),
+            encoder_rows=ENCODER_ROWS.get(vllm_config),
             schedules=calibration.schedules if calibration is not None else (),
             opening=opening_tokens(vllm_config.model_config)
             if self._config.donor == "canonical"
             else None,
             allowed=allowed_relations(self._config, calibration, model),
-            can_store=self._kv_transfer_config.is_kv_producer,
+            can_store=can_store(vllm_config),
             can_reuse=may_reuse(self._kv_transfer_config),
-            num_ranks=vllm_config.parallel_config.tensor_parallel_size,
+            num_ranks=num_ranks,
         )
 
     # -- worker side ------------------------------------------------------------------------
@@ -133,12 +134,15 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._kv_cache_config.kv_cache_groups[0].layer_names,
             device,
         )
+        rank = RANK.get(self._vllm_config)
+        rank.has_kv_half = True
         self._worker = WorkerSide(
             model,
             kv_shape(self._vllm_config),
-            get_storage(self._vllm_config),
+            rank.storage,
+            rank.encoder_rows,
             rank=own_rank(),
-            pace=get_pace(self._vllm_config),
+            pace=rank.pace,
             vllm_config=self._vllm_config,
             kv_cache_config=self._kv_cache_config,
             device=device,
@@ -200,10 +204,10 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:
         """Give back memory and threads."""
         if self._scheduler is not None:
-            indices.drop_indices(self._vllm_config)
+            ENCODER_ROWS.take(self._vllm_config)
         if self._worker is not None:
             self._worker.close()
-            close_storage(self._vllm_config)
+            close_rank(self._vllm_config)
 
     # -- scheduler side ---------------------------------------------------------------------
 

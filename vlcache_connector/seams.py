@@ -236,7 +236,11 @@ SEAMS: tuple[Seam, ...] = (
     _has("vllm.v1.outputs:KVConnectorOutput", "connector.py", "kv_connector_worker_meta"),
     _has(f"{_EC_BASE}:ECConnectorRole", "encoder_connector.py", "SCHEDULER WORKER"),
     _takes(f"{_EC_BASE}:ECConnectorBase.__init__", "encoder_connector.py", "vllm_config role"),
-    _has(f"{_EC_BASE}:ECConnectorBase", "encoder_connector.py", "_vllm_config is_producer"),
+    _has(
+        f"{_EC_BASE}:ECConnectorBase",
+        "encoder_connector.py",
+        "_vllm_config _get_connector_metadata",
+    ),
     *_replaced(
         f"{_EC_BASE}:ECConnectorBase",
         "encoder_connector.py",
@@ -251,8 +255,11 @@ SEAMS: tuple[Seam, ...] = (
         update_connector_output="connector_output",
     ),
     _has("vllm.v1.outputs:ECConnectorOutput", "encoder_connector.py", "ec_connector_worker_meta"),
-    *_is_there("encoder_connector.py", "vllm.platforms:current_platform"),
-    _has("vllm.platforms.interface:Platform", "encoder_connector.py", "device_type"),
+    _has(
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        "encoder_connector.py",
+        "total_num_scheduled_tokens",
+    ),
     *_is_there("protocol.py", f"{_EC_BASE}:ECConnectorMetadata"),
     *_replaced(f"{_KV_BASE}:KVConnectorWorkerMetadata", "protocol.py", aggregate="other"),
     *_replaced(f"{_EC_BASE}:ECConnectorWorkerMetadata", "protocol.py", aggregate="other"),
@@ -293,8 +300,13 @@ SEAMS: tuple[Seam, ...] = (
     ),
     _has("vllm.config:MultiModalConfig", "support.py", "mm_processor_cache_gb"),
     _has("vllm.config:CacheConfig", "support.py", "block_size enable_prefix_caching"),
+    _has("vllm.config:ECTransferConfig", "support.py", "is_ec_producer"),
     _has("vllm.config:CacheConfig", "identity.py", "cache_dtype"),
-    _has("vllm.config:SchedulerConfig", "support.py", "max_num_batched_tokens"),
+    _has(
+        "vllm.config:SchedulerConfig",
+        "scheduler/budget.py",
+        "max_num_batched_tokens max_num_encoder_input_tokens long_prefill_token_threshold",
+    ),
     _has(
         "vllm.config:ModelConfig",
         "identity.py",
@@ -370,6 +382,12 @@ SEAMS: tuple[Seam, ...] = (
         "prefill_stats skip_reading_prefix_cache block_hashes",
     ),
     _has("vllm.v1.request:RequestStatus", "scheduler/scheduler.py", "RUNNING"),
+    _has(
+        "vllm.v1.request:Request",
+        "scheduler/budget.py",
+        "num_tokens num_tokens_with_spec num_output_placeholders num_computed_tokens "
+        "num_output_tokens",
+    ),
     _takes(
         "vllm.v1.metrics.stats:PrefillStats.set",
         "scheduler/scheduler.py",
@@ -403,11 +421,8 @@ SEAMS: tuple[Seam, ...] = (
         "scheduler/requests.py",
         "offset length is_embed get_num_embeds",
     ),
-    _has(
-        "vllm.v1.core.sched.output:SchedulerOutput",
-        "scheduler/encoder.py",
-        "scheduled_encoder_inputs",
-    ),
+    _has("vllm.v1.request:Request", "scheduler/encoder.py", "mm_features"),
+    _takes("vllm.multimodal.inputs:PlaceholderRange.get_num_embeds", "scheduler/encoder.py", ""),
     _has(
         "vllm.v1.request:Request",
         "scheduler/fence.py",
@@ -442,6 +457,8 @@ SEAMS: tuple[Seam, ...] = (
         "vllm.tokenizers:cached_tokenizer_from_config", "scheduler/canonical.py", "model_config"
     ),
     # -- the worker side ------------------------------------------------------------------------
+    *_is_there("worker/rank.py", "vllm.platforms:current_platform"),
+    _has("vllm.platforms.interface:Platform", "worker/rank.py", "device_type"),
     _takes(
         "vllm.forward_context:set_forward_context",
         "worker/model.py",

@@ -81,6 +81,17 @@ def uses_vlcache(vllm_config: VllmConfig) -> bool:
     return is_ours or own_transfer(vllm_config) is not None
 
 
+def can_store(vllm_config: VllmConfig) -> bool:
+    """Whether new segments and encoder rows may be stored: the role is a producer's.
+
+    Beside the KV half, its `kv_role` decides.
+    """
+    kv, ec = own_transfer(vllm_config), vllm_config.ec_transfer_config
+    if kv is not None:
+        return bool(kv.is_kv_producer)
+    return ec is not None and bool(ec.is_ec_producer)
+
+
 def own_transfer(vllm_config: VllmConfig) -> KVTransferConfig | None:
     """The KV half's configuration, which may be one of several below `MultiConnector`."""
     transfers = transfers_of(vllm_config.kv_transfer_config)
@@ -149,11 +160,3 @@ def no_content_hashes(vllm_config: VllmConfig) -> str | None:
         "enable_prefix_caching=False with mm_processor_cache_gb=0: vLLM then gives images no "
         "content hash; set --mm-processor-cache-gb above 0, or leave out --no-enable-prefix-caching"
     )
-
-
-def engine_id(vllm_config: VllmConfig) -> str:
-    """Names the engine inside a process, so that its KV half and encoder half find each other."""
-    transfer = vllm_config.kv_transfer_config or vllm_config.ec_transfer_config
-    assert transfer is not None
-    assert transfer.engine_id is not None
-    return transfer.engine_id

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vlcache_connector.protocol import (
     Blend,
-    EncoderStepReport,
+    EncoderReport,
     Item,
     ItemReuse,
     PrefillFigures,
@@ -101,16 +101,17 @@ figures = st.builds(
     sparse_prefill_seconds=seconds,
     fallback=st.none() | st.just("error"),
 )
+encoder_reports = st.builds(
+    EncoderReport, stored=st.dictionaries(keys, st.integers(1, 2)), lost=st.sets(keys)
+)
 reports = st.builds(
     StepReport,
     stored=st.dictionaries(keys, st.integers(1, 2)),
     lost=st.sets(keys),
-    encoder_stored=st.dictionaries(keys, st.integers(1, 2)),
-    encoder_lost=st.sets(keys),
+    encoder=encoder_reports,
     figures=st.dictionaries(keys, figures),
     events=st.dictionaries(keys, st.integers(1, 2)),
 )
-encoder_reports = st.builds(EncoderStepReport, stored=st.sets(keys), lost=st.sets(keys))
 
 
 def reused_by_item(plan: ReusePlan, layer: int) -> dict[int, set[int]]:
@@ -368,12 +369,8 @@ def test_an_aggregate_counts_ranks_and_joins_losses(ranks: list[StepReport]) -> 
     total = reduce(StepReport.aggregate, ranks)
     for key in "abcd":
         assert total.stored.get(key, 0) == sum(rank.stored.get(key, 0) for rank in ranks)
-        assert total.encoder_stored.get(key, 0) == sum(
-            rank.encoder_stored.get(key, 0) for rank in ranks
-        )
         assert total.events.get(key, 0) == sum(rank.events.get(key, 0) for rank in ranks)
         assert (key in total.lost) == any(key in rank.lost for rank in ranks)
-        assert (key in total.encoder_lost) == any(key in rank.encoder_lost for rank in ranks)
 
 
 @property_test
@@ -410,8 +407,8 @@ def test_aggregating_leaves_the_reports_of_the_ranks_alone() -> None:
     [
         StepReport(stored={"a": 1}),
         StepReport(lost={"a"}),
-        StepReport(encoder_stored={"a": 1}),
-        StepReport(encoder_lost={"a"}),
+        StepReport(encoder=EncoderReport(stored={"a": 1})),
+        StepReport(encoder=EncoderReport(lost={"a"})),
         StepReport(figures={"r": PrefillFigures()}),
         StepReport(events={"disk.read.calls": 1}),
     ],
@@ -432,14 +429,16 @@ def test_a_new_report_is_empty() -> None:
 
 
 @property_test
-@given(ranks=st.lists(encoder_reports, min_size=2, max_size=4))
-def test_encoder_rows_that_any_rank_lost_are_not_stored(ranks: list[EncoderStepReport]) -> None:
-    total = reduce(EncoderStepReport.aggregate, ranks)
-    assert total.lost == set().union(*(rank.lost for rank in ranks))
-    assert total.stored == set().union(*(rank.stored for rank in ranks)) - total.lost
+@given(ranks=st.lists(reports, min_size=2, max_size=4))
+def test_an_aggregate_counts_the_ranks_that_hold_encoder_rows(ranks: list[StepReport]) -> None:
+    total = reduce(StepReport.aggregate, ranks).encoder
+    assert total == reduce(EncoderReport.aggregate, (rank.encoder for rank in ranks))
+    assert total.lost == set().union(*(rank.encoder.lost for rank in ranks))
+    for key in "abcd":
+        assert total.stored.get(key, 0) == sum(rank.encoder.stored.get(key, 0) for rank in ranks)
 
 
 @property_test
 @given(a=encoder_reports, b=encoder_reports)
-def test_encoder_reports_merge_in_any_order(a: EncoderStepReport, b: EncoderStepReport) -> None:
+def test_encoder_reports_merge_in_any_order(a: EncoderReport, b: EncoderReport) -> None:
     assert a.aggregate(b) == b.aggregate(a)

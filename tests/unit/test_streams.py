@@ -151,7 +151,7 @@ def test_a_device_without_room_for_the_ring_is_one_line_and_no_ring(
     device = Device(0)
     storage: Any = SimpleNamespace(side=device, leaving=Leaving(device, CPU))
     shape = KVShape(7, 2, 8, torch.float32, block_size=16)
-    made = Loader(storage, SimpleNamespace(), shape, CPU, write_by_vllm)
+    made = Loader(storage, SimpleNamespace(), SimpleNamespace(), shape, CPU, write_by_vllm)
     entries = []
     for number in range(2):
         segment = make_segment(number, 7, 2)
@@ -173,7 +173,7 @@ def test_a_load_reads_through_the_ring() -> None:
     device = Device(0)
     storage: Any = SimpleNamespace(side=device, leaving=Leaving(device, CPU))
     shape = KVShape(7, 2, 8, torch.float32, block_size=16)
-    made = Loader(storage, SimpleNamespace(), shape, CPU, write_by_vllm)
+    made = Loader(storage, SimpleNamespace(), SimpleNamespace(), shape, CPU, write_by_vllm)
     released: list[int] = []
     segment = make_segment(1, 7, 2)
     segment._on_release = lambda _: released.append(1)

@@ -24,6 +24,7 @@ def test_an_attention_backend_that_is_not_wrapped_is_refused_by_name() -> None:
             model,
             nothing,
             nothing,
+            nothing,
             rank=0,
             pace=nothing,
             vllm_config=nothing,

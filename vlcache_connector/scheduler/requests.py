@@ -92,8 +92,8 @@ class TrackedRequest:
     fetch_seconds: float = 0.0
     """How long it waited for disk and Redis."""
     figures: PrefillFigures | None = None
-    is_gated: bool = False
-    """The gate kept known images from being reused."""
+    held_back: Literal["gate", "budget"] | None = None
+    """What kept known images from being reused."""
 
     @classmethod
     def of(
@@ -175,7 +175,7 @@ class TrackedRequest:
             "fetch_seconds": round(self.fetch_seconds, 6),
             "load_seconds": round(figures.load_seconds, 6),
             "sparse_prefill_seconds": round(figures.sparse_prefill_seconds, 6),
-            "fallback": figures.fallback or ("gate" if self.is_gated else None),
+            "fallback": figures.fallback or self.held_back,
         }
 
 

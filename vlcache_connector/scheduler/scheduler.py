@@ -21,9 +21,11 @@ from ..calibration import LayerSchedule, Relation
 from ..config import VLCacheConfig
 from ..protocol import Item, Outcome, PrefillFigures, ReusePlan, StepPlan, StepReport
 from ..support import KVShape
+from .budget import Fit, StepBudget, Work
 from .canonical import CanonicalDonors
 from .captures import CapturePlanner
 from .donors import Donors
+from .encoder import EncoderRows
 from .fence import PrefixFence, self_test
 from .index import ResidencyIndex
 from .options import OptionsPolicy
@@ -33,11 +35,16 @@ from .staging import Staging
 from .statistics import Statistics
 
 if TYPE_CHECKING:
+    from vllm.config.scheduler import SchedulerConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = init_logger(__name__)
+
+_LONGEST_WAY = 16
+"""A known item is reached for across at most so many times its own number of tokens: the sparse
+prefill would compute them all to save little."""
 
 
 class SchedulerSide:
@@ -48,11 +55,9 @@ class SchedulerSide:
         shape: of one token's KV on one rank.
         fingerprint: `identity.model_fingerprint`.
         hash_block_size: tokens per hash of vLLM's prefix cache.
-        max_batched_tokens: `max_num_batched_tokens`, the most the sparse prefills of one step
-            may compute unless a single request needs more.
-        encoder_row_bytes: bytes of one encoder output row.
+        limits: vLLM's, on what a step computes.
         segments: index of the stored KV segments.
-        encoder_rows: index of the stored encoder outputs, shared with the encoder half.
+        encoder_rows: the stored encoder rows, shared with the encoder half.
         schedules: of the `layer_aware` selector.
         opening: tokens in front of a canonical donor; None stores what requests compute.
         allowed: donor relations that the gate lets through.
@@ -68,10 +73,9 @@ class SchedulerSide:
         *,
         fingerprint: str,
         hash_block_size: int,
-        max_batched_tokens: int,
-        encoder_row_bytes: int,
+        limits: SchedulerConfig,
         segments: ResidencyIndex,
-        encoder_rows: ResidencyIndex,
+        encoder_rows: EncoderRows,
         schedules: Sequence[LayerSchedule],
         opening: Sequence[int] | None,
         allowed: frozenset[Relation],
@@ -83,8 +87,6 @@ class SchedulerSide:
         self._shape = shape
         self._fingerprint = fingerprint
         self._hash_block_size = hash_block_size
-        self._max_batched_tokens = max_batched_tokens
-        self._encoder_row_bytes = encoder_row_bytes
         self._segments = segments
         self._encoder_rows = encoder_rows
         self._can_reuse = can_reuse
@@ -94,7 +96,7 @@ class SchedulerSide:
         if (config.disk_path or config.redis_url) and can_reuse and allowed:
             self._staging = Staging(
                 segments,
-                encoder_rows,
+                encoder_rows.index,
                 self._donors,
                 num_ranks=num_ranks,
                 deadline_seconds=config.fetch_deadline_seconds,
@@ -103,25 +105,29 @@ class SchedulerSide:
         self._canonical: CanonicalDonors | None = None
         if opening is not None:
             self._canonical = CanonicalDonors(
-                opening, encoder_rows, block_size=shape.block_size, give_up=segments.discard
+                opening, encoder_rows.index, block_size=shape.block_size, give_up=segments.discard
             )
+        self._options = OptionsPolicy(config, shape.num_layers, schedules)
         self._captures: CapturePlanner | None = None
         if can_store and allowed:
             self._captures = CapturePlanner(
-                shape, segments, self._donors, self._canonical, config.min_segment_tokens
+                shape,
+                segments,
+                self._donors,
+                self._canonical,
+                config.min_segment_tokens,
+                self._options.is_below_default,
             )
-        self._options = OptionsPolicy(config, shape.num_layers, schedules)
-        self.statistics = Statistics({"kv": segments, "encoder": encoder_rows})
+        self.statistics = Statistics({"kv": segments, "encoder": encoder_rows.index})
         self._live: dict[str, Request] = {}
+        self._budget = StepBudget(limits, self._live)
         self._requests: dict[str, TrackedRequest] = {}
         self._finishing: dict[str, tuple[TrackedRequest, dict[str, Any]]] = {}
         self._step_reuse: list[ReusePlan] = []
         self._finished: list[str] = []
         self._kv_cache_manager: KVCacheManager | None = None
-        self._fence: PrefixFence | None = None
-        if not config.share_approximate_prefix:
-            self_test()
-            self._fence = PrefixFence(hash_block_size)
+        self_test()
+        self._fence = PrefixFence(hash_block_size)
 
     def bind_kv_cache_manager(self, manager: KVCacheManager) -> None:
         """vLLM's KV cache manager, asked for the blocks of requests."""
@@ -156,7 +162,7 @@ class SchedulerSide:
         """Tokens behind `num_computed` that the sparse prefill will fill; None: ask again."""
         tracked = self._requests.get(request.request_id)
         if tracked is None:
-            return 0, False
+            return self._nothing(request, num_computed), False
         tracked.pending = None
         tracked.wanted = self._wanted(tracked, num_computed)
         try:
@@ -167,18 +173,45 @@ class SchedulerSide:
             self._failed("plan", request.request_id)
             plan = None
         if plan is None:
-            if self._fence is not None:
-                self._fence.lift(request, num_computed)
-            return 0, False
+            self._fence.lift(request, num_computed)
+            return self._nothing(request, num_computed), False
         if self._prefix_is_in_flight(request, num_computed):
             return None, False
-        in_step = sum(other.num_computed for other in self._step_reuse)
-        if in_step and in_step + plan.num_computed > self._max_batched_tokens:
+        if self._fit(request, plan) != "now":
+            self._budget.wait()
             return None, False
-        if self._fence is not None and plan.first_reused is not None:
+        if plan.first_reused is not None and self._is_fenced(tracked):
             self._fence.raise_at(request, plan.first_reused)
         tracked.pending = plan
         return len(plan.claim), False
+
+    def _nothing(self, request: Request, num_computed: int) -> int | None:
+        """What a request that claims nothing is told: 0, or None where others claimed the step."""
+        work = self._work(request, num_computed)
+        return None if self._budget.is_spent_for(work, self._encoder_rows.num_encoded) else 0
+
+    def _work(self, request: Request, num_computed: int, plan: ReusePlan | None = None) -> Work:
+        """What a plan, if there is one, and then vLLM compute of a request in this step."""
+        tokens, encoded = 0, 0
+        if plan is not None:
+            num_computed, tokens = plan.claim.end, plan.num_computed
+            items = (request.mm_features[index] for index in plan.encoder_inputs)
+            encoded = sum(feature.mm_position.get_num_embeds() for feature in items)
+        rest = self._budget.chunk(request.num_tokens - num_computed)
+        rest_encoded = sum(
+            feature.mm_position.get_num_embeds()
+            for feature in request.mm_features
+            if feature.mm_position.offset < num_computed + rest
+            and feature.mm_position.offset + feature.mm_position.length > num_computed
+            and not self._encoder_rows.is_ready(feature.identifier)
+        )
+        return Work(tokens, rest, encoded, rest_encoded)
+
+    def _is_fenced(self, tracked: TrackedRequest) -> bool:
+        """Whether the approximate blocks of a request are for itself alone."""
+        return not self._config.share_approximate_prefix or self._options.is_below_default(
+            tracked.options
+        )
 
     def update_state_after_alloc(
         self, request: Request, block_ids: tuple[int, ...], num_external: int
@@ -205,8 +238,7 @@ class SchedulerSide:
             captures={} if self._captures is None else self._captures.in_claim(tracked, plan),
         )
         for index in plan.encoder_inputs:
-            item = tracked.item(index)
-            self._encoder_rows.reserve(item.encoder_key, self._encoder_bytes(item))
+            self._encoder_rows.keep(request.mm_features[index])
         if request.prefill_stats is not None and request.num_preemptions == 0:
             # What the sparse prefill computes is not cached; vLLM counts all of the claim as such.
             request.prefill_stats.set(
@@ -215,6 +247,7 @@ class SchedulerSide:
                 num_external_cached_tokens=plan.num_reused,
             )
         tracked.loading = plan
+        self._budget.claim(self._work(request, 0, plan))
         self._step_reuse.append(plan)
 
     def _take_lookups(self, tracked: TrackedRequest, plan: ReusePlan | None) -> None:
@@ -234,7 +267,8 @@ class SchedulerSide:
             tier, outcome = self._lookup(tracked, item)
             if item.index not in planned:
                 # Found, and yet not in the plan: there was no room, or planning failed.
-                self.statistics.looked_up(tier, "failed" if outcome == "hit" else outcome)
+                why: Outcome = "skipped" if tracked.held_back == "budget" else "failed"
+                self.statistics.looked_up(tier, why if outcome == "hit" else outcome)
             elif outcome == "hit" and tier is not None:
                 tracked.tiers[item.index] = tier
         tracked.wanted = []
@@ -298,7 +332,9 @@ class SchedulerSide:
         if not self._may_reuse(tracked):
             return None
         if self._is_gated or any(self._donors.is_forbidden(item) for item in tracked.items):
-            tracked.is_gated = True
+            tracked.held_back = "gate"
+        else:
+            tracked.held_back = None
         plan = plan_reuse(
             request.request_id,
             tracked.items,
@@ -307,20 +343,32 @@ class SchedulerSide:
             find_donor=self._donors.find,
             select=functools.partial(self._options.select, tracked.options),
         )
-        if plan is None:
-            return None
-        encoder_inputs = {}
-        for item in self._items_in_runs(tracked, plan):
-            if self._encoder_rows.is_ready(item.encoder_key):
-                self._encoder_rows.promise(item.encoder_key)
-                continue
-            feature = request.mm_features[item.index]
-            if feature.data is None:
-                return None
-            encoder_inputs[item.index] = (feature.modality, feature.data)
-        for reuse in plan.reused:
-            self._segments.promise(reuse.donor)
-        return replace(plan, encoder_inputs=encoder_inputs)
+        while plan is not None:
+            in_runs = self._items_in_runs(tracked, plan)
+            new = [i for i in in_runs if not self._encoder_rows.index.is_ready(i.encoder_key)]
+            features = {item.index: request.mm_features[item.index] for item in new}
+            plan = replace(
+                plan, encoder_inputs={n: (f.modality, f.data) for n, f in features.items()}
+            )
+            if not self._is_worth_it(request, plan):
+                tracked.held_back = "budget"
+            elif None not in (feature.data for feature in features.values()):
+                for item in in_runs:
+                    self._encoder_rows.promise(item.encoder_key)
+                for reuse in plan.reused:
+                    self._segments.promise(reuse.donor)
+                break
+            plan = plan.shorter()
+        return plan
+
+    def _is_worth_it(self, request: Request, plan: ReusePlan) -> bool:
+        """Whether a plan may be carried out some time, and its last item is worth the way to it."""
+        if plan.tokens_before_last > _LONGEST_WAY * len(plan.reused[-1].span):
+            return False
+        return self._fit(request, plan) != "never"
+
+    def _fit(self, request: Request, plan: ReusePlan) -> Fit:
+        return self._budget.fit(self._work(request, 0, plan), self._encoder_rows.num_encoded)
 
     @staticmethod
     def _items_in_runs(tracked: TrackedRequest, plan: ReusePlan) -> list[Item]:
@@ -355,7 +403,7 @@ class SchedulerSide:
         return len(item.span) * self._shape.bytes_per_token
 
     def _encoder_bytes(self, item: Item) -> int:
-        return item.num_embeds * self._encoder_row_bytes
+        return self._encoder_rows.num_bytes(item.num_embeds)
 
     # -- steps ------------------------------------------------------------------------------
 
@@ -369,6 +417,7 @@ class SchedulerSide:
                 cancelled.append(req_id)
         plan = StepPlan(reuse=self._step_reuse, cancelled=cancelled, finished=self._finished)
         self._step_reuse, self._finished = [], []
+        self._budget.end_step()
         if self._captures is not None:
             assert self._kv_cache_manager is not None
             for req_id, num_scheduled in output.num_scheduled_tokens.items():
@@ -395,9 +444,8 @@ class SchedulerSide:
         if self._staging is not None:
             plan.fetches, plan.admitted, plan.unwanted = self._staging.take_plans()
         self._segments.settle()
-        self._encoder_rows.settle()
         plan.dropped_segments = self._segments.take_evicted()
-        plan.dropped_encoder = self._encoder_rows.take_evicted()
+        plan.encoder = self._encoder_rows.plan(output)
         return plan
 
     def update_from_report(self, report: StepReport) -> None:
@@ -409,10 +457,7 @@ class SchedulerSide:
         self.statistics.take_report(report)
         for key in report.lost:
             self._segments.lost(key)
-        for key, ranks in report.encoder_stored.items():
-            self._encoder_rows.stored(key, ranks)
-        for key in report.encoder_lost:
-            self._encoder_rows.lost(key)
+        self._encoder_rows.update_from_report(report.encoder)
         for req_id, figures in report.figures.items():
             tracked = self._requests.get(req_id)
             if tracked is not None:
@@ -438,14 +483,13 @@ class SchedulerSide:
         """Forget the request; its figures go back to the client."""
         self._live.pop(request.request_id, None)
         tracked = self._requests.pop(request.request_id, None)
-        if self._fence is not None:
-            self._fence.forget(request.request_id)
+        self._fence.forget(request.request_id)
         if self._staging is not None:
             self._staging.forget(request.request_id)
         if tracked is None:
             return None
-        if tracked.is_gated:
-            self.statistics.happened("refused.gate")
+        if tracked.held_back is not None:
+            self.statistics.happened(f"refused.{tracked.held_back}")
         if self._captures is not None:
             self._captures.give_up(tracked)
         if tracked.context_sent:
@@ -461,4 +505,4 @@ class SchedulerSide:
         if self._canonical is not None:
             self._canonical.clear()
         self._segments.clear()
-        self._encoder_rows.clear()
+        self._encoder_rows.index.clear()

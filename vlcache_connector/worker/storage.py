@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +18,7 @@ from ..identity import check_identity, model_fingerprint
 from ..protocol import Fetched, FetchPlan, TierState
 from ..store import Kind, KVWriter, LMCacheSegmentStore, Segment, SegmentStore
 from ..streams import Leaving, Side, make_side
-from ..support import config_of, engine_id, kv_shape
+from ..support import config_of, kv_shape
 from ..tiers import open_tiers
 from .device import DeviceSegments
 from .memory import check_memory, host_memory, taking_turns
@@ -159,47 +158,21 @@ class Storage:
         self.host.close()
 
 
-@dataclass(frozen=True)
-class _Opened:
-    storage: Storage
-    pace: Pace
+def open_storage(vllm_config: VllmConfig, pace: Pace) -> Storage:
+    """The tiers that a configuration asks for, of this worker's rank.
 
+    Args:
+        pace: of this worker, which loads are weighed against.
 
-_opened: dict[str, _Opened] = {}
-
-
-def get_storage(vllm_config: VllmConfig) -> Storage:
-    """Where this engine's worker keeps segments, KV half and encoder half; made on first use."""
-    return _open(vllm_config).storage
-
-
-def get_pace(vllm_config: VllmConfig) -> Pace:
-    """How fast this engine's worker computes; loads are weighed against it."""
-    return _open(vllm_config).pace
-
-
-def close_storage(vllm_config: VllmConfig) -> None:
-    """Close the engine's storage; does nothing the second time."""
-    opened = _opened.pop(engine_id(vllm_config), None)
-    if opened is not None:
-        opened.storage.close()
-
-
-def _open(vllm_config: VllmConfig) -> _Opened:
-    name = engine_id(vllm_config)
-    if name not in _opened:
-        _opened[name] = _make(vllm_config)
-    return _opened[name]
-
-
-def _make(vllm_config: VllmConfig) -> _Opened:
+    Raises:
+        ConfigError: there is not as much memory, or a tier can't be used.
+    """
     check_identity(vllm_config, is_loaded=True)
     config, shape = config_of(vllm_config), kv_shape(vllm_config)
     rank = own_rank()
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     model, fingerprint = vllm_config.model_config.model, model_fingerprint(vllm_config)
     device = torch.device(current_platform.device_type)
-    pace = Pace(device, config.prefill_tokens_per_second)
     tiers = open_tiers(config, fingerprint, model)
     budget = host_memory(config, num_ranks)
     side = make_side(device)
@@ -235,7 +208,6 @@ def _make(vllm_config: VllmConfig) -> _Opened:
     copies = None
     if config.device_bytes:
         copies = DeviceSegments(config.device_bytes, device, side, leaving)
-    storage = Storage(
+    return Storage(
         host, shape.num_layers, device=copies, transfers=transfers, side=side, leaving=leaving
     )
-    return _Opened(storage, pace)

@@ -181,7 +181,7 @@ def test_a_report_has_the_tokens_of_the_widest_layer_and_the_sum_over_layers() -
 
 def test_a_report_without_reuse_is_empty_but_for_the_refusal() -> None:
     tracked = tracked_one()
-    tracked.is_gated = True
+    tracked.held_back = "gate"
     report = tracked.report()
     assert report.pop("fallback") == "gate"
     assert not any(report.values())
@@ -189,6 +189,6 @@ def test_a_report_without_reuse_is_empty_but_for_the_refusal() -> None:
 
 def test_a_fallback_is_told_before_a_refusal() -> None:
     tracked = tracked_one()
-    tracked.is_gated = True
+    tracked.held_back = "gate"
     tracked.figures = PrefillFigures(fallback="segment lost")
     assert tracked.report()["fallback"] == "segment lost"

@@ -13,6 +13,7 @@ from vlcache_connector import metrics
 from vlcache_connector.config import RequestOptions
 from vlcache_connector.metrics import Metric, VLCacheStats
 from vlcache_connector.protocol import (
+    EncoderReport,
     Item,
     ItemReuse,
     Outcome,
@@ -112,7 +113,10 @@ def test_what_was_taken_is_new_once_and_is_still_known_by_name(world: World) -> 
 
 
 EVENTS = {
-    **{f"refused.{reason}": (metrics.REFUSED, reason) for reason in (*get_args(Refusal), "gate")},
+    **{
+        f"refused.{reason}": (metrics.REFUSED, reason)
+        for reason in (*get_args(Refusal), "gate", "budget")
+    },
     **{
         f"disk.read.refused_{reason}": (metrics.REFUSED, reason)
         for reason in get_args(RefusalReason)
@@ -215,7 +219,7 @@ def test_two_ranks_sum_their_bytes_and_count_tokens_and_segments_once(world: Wor
     ranks = [
         StepReport(
             stored={"a": 1},
-            encoder_stored={"a": 1},
+            encoder=EncoderReport({"a": 1}),
             figures={"r": FIGURES},
             events={"disk.read.bytes": 100 + rank},
             states={rank: state()},
@@ -225,7 +229,7 @@ def test_two_ranks_sum_their_bytes_and_count_tokens_and_segments_once(world: Wor
     report = reduce(StepReport.aggregate, ranks)
     for key, count in report.stored.items():
         world.segments.stored(key, count)
-    for key, count in report.encoder_stored.items():
+    for key, count in report.encoder.stored.items():
         world.rows.stored(key, count)
     world.statistics.take_report(report)
     [figures] = report.figures.values()

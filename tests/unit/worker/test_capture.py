@@ -28,6 +28,7 @@ from vlcache_connector.store import LMCacheSegmentStore
 from vlcache_connector.streams import Side
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker.capture import SegmentCapture
+from vlcache_connector.worker.encoder import EncoderRows
 from vlcache_connector.worker.pace import Pace
 from vlcache_connector.worker.storage import Storage
 from vlcache_connector.worker.worker import WorkerSide
@@ -503,10 +504,12 @@ def worker(tiny_model: Callable[..., Path], store: LMCacheSegmentStore) -> Itera
         positions=lambda token_ids, features: torch.arange(len(token_ids))[None],
     )
     group = KVCacheGroupSpec(LAYERS, layers[LAYERS[0]].get_kv_cache_spec(config))
+    storage = Storage(store, shape.num_layers)
     side = WorkerSide(
         model,
         shape,
-        Storage(store, shape.num_layers),
+        storage,
+        EncoderRows(storage, torch.device("cpu")),
         rank=0,
         pace=Pace(torch.device("cpu")),
         vllm_config=config,
