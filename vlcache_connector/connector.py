@@ -20,8 +20,10 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from .calibration import load_for
+from .identity import check_identity, model_fingerprint, weights_fingerprint
 from .metrics import VLCachePromMetrics, VLCacheStats
 from .protocol import StepPlan, StepReport
+from .refusals import check_kv_cache, uncaptured_steps
 from .scheduler.canonical import opening_tokens
 from .scheduler.encoder import ENCODER_ROWS
 from .scheduler.gate import allowed_relations
@@ -30,12 +32,10 @@ from .scheduler.scheduler import SchedulerSide
 from .seams import untested_version
 from .support import (
     can_store,
-    check_supported,
     config_of,
     inert_reason,
     kv_shape,
-    model_fingerprint,
-    weights_fingerprint,
+    may_reuse,
 )
 from .worker.loaded import loaded_model
 from .worker.model import SparsePrefillModel
@@ -81,10 +81,12 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._inert is not None:
             logger.warning("VLCache is off, vLLM runs as without it: %s", self._inert)
             return
-        check_supported(vllm_config, kv_cache_config)
-        if role == KVConnectorRole.SCHEDULER and (untested := untested_version()):
-            logger.warning("VLCache: %s; all that it uses of it is there", untested)
+        check_kv_cache(kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
+            if untested := untested_version():
+                logger.warning("VLCache: %s; all that it uses of it is there", untested)
+            if uncaptured := uncaptured_steps(vllm_config):
+                logger.warning("VLCache: %s", uncaptured)
             self._scheduler = self._make_scheduler_side()
 
     @property
@@ -94,6 +96,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _make_scheduler_side(self) -> SchedulerSide:
         vllm_config = self._vllm_config
+        check_identity(vllm_config, is_loaded=True)
         num_ranks = vllm_config.parallel_config.tensor_parallel_size
         shape = kv_shape(vllm_config)
         model = vllm_config.model_config.model
@@ -114,7 +117,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             else None,
             allowed=allowed_relations(self._config, calibration, model),
             can_store=can_store(vllm_config),
-            can_reuse=self._kv_transfer_config.is_kv_consumer,
+            can_reuse=may_reuse(self._kv_transfer_config),
             num_ranks=num_ranks,
         )
 

@@ -12,10 +12,11 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
     ECConnectorMetadata,
     ECConnectorRole,
 )
+from vllm.logger import init_logger
 
 from .protocol import EncoderPlan, EncoderReport
 from .scheduler.encoder import ENCODER_ROWS, EncoderRows
-from .support import can_store
+from .support import can_store, no_content_hashes, own_transfer
 from .worker.rank import RANK, Rank, close_rank
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ECConnectorOutput
     from vllm.v1.request import Request
+
+logger = init_logger(__name__)
 
 
 class VLCacheEncoderConnector(ECConnectorBase):
@@ -37,6 +40,8 @@ class VLCacheEncoderConnector(ECConnectorBase):
         super().__init__(vllm_config, role)
         self._rows: EncoderRows | None = None
         if role == ECConnectorRole.SCHEDULER:
+            if own_transfer(vllm_config) is None and (reason := no_content_hashes(vllm_config)):
+                logger.warning("VLCache keeps no encoder outputs: %s", reason)
             self._rows = ENCODER_ROWS.get(vllm_config)
 
     @property

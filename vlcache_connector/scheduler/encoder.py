@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..frontend import is_content_hash
+from ..config import VLCacheConfig
+from ..content import may_be_kept
 from ..halves import OnePerEngine
+from ..identity import model_fingerprint
 from ..keys import encoder_key
 from ..protocol import EncoderPlan, EncoderReport
-from ..support import can_store, config_of, model_dtype, model_fingerprint
+from ..support import can_store, config_of, model_dtype
 from .index import ResidencyIndex
 
 if TYPE_CHECKING:
@@ -26,15 +28,23 @@ class EncoderRows:
     """Answers vLLM's encoder scheduling, and plans what a step does with encoder rows.
 
     Args:
-        fingerprint: `support.model_fingerprint`.
+        config: VLCache's options.
+        fingerprint: `identity.model_fingerprint`.
         row_bytes: bytes of one encoder output row.
         index: of the rows.
         can_store: whether new rows may be stored.
     """
 
     def __init__(
-        self, *, fingerprint: str, row_bytes: int, index: ResidencyIndex, can_store: bool
+        self,
+        config: VLCacheConfig,
+        *,
+        fingerprint: str,
+        row_bytes: int,
+        index: ResidencyIndex,
+        can_store: bool,
     ) -> None:
+        self._config = config
         self._fingerprint = fingerprint
         self._row_bytes = row_bytes
         self._can_store = can_store
@@ -52,11 +62,11 @@ class EncoderRows:
 
     def has_cache_item(self, identifier: str) -> bool:
         """Whether all ranks hold the rows; they stay until the step that was asked for is over."""
-        return is_content_hash(identifier) and self.promise(self._key(identifier))
+        return self._may_be_kept(identifier) and self.promise(self._key(identifier))
 
     def is_ready(self, identifier: str) -> bool:
         """Whether all ranks hold the rows."""
-        return is_content_hash(identifier) and self.index.is_ready(self._key(identifier))
+        return self._may_be_kept(identifier) and self.index.is_ready(self._key(identifier))
 
     def promise(self, key: str) -> bool:
         """Whether all ranks hold the rows; they stay until the step that is planned is over."""
@@ -78,7 +88,7 @@ class EncoderRows:
         """An item is encoded in this step: have its rows stored, if there is room for them."""
         key = self._key(feature.identifier)
         num_bytes = self.num_bytes(feature.mm_position.get_num_embeds())
-        is_kept = self._can_store and is_content_hash(feature.identifier)
+        is_kept = self._can_store and self._may_be_kept(feature.identifier)
         if is_kept and self.index.reserve(key, num_bytes):
             self._saves[feature.identifier] = key
 
@@ -103,6 +113,9 @@ class EncoderRows:
         for key in report.lost:
             self.index.lost(key)
 
+    def _may_be_kept(self, identifier: str) -> bool:
+        return may_be_kept(identifier, self._config)
+
     def _key(self, identifier: str) -> str:
         return encoder_key(identifier, fingerprint=self._fingerprint)
 
@@ -118,6 +131,7 @@ def _row_bytes(vllm_config: VllmConfig) -> int:
 def _make(vllm_config: VllmConfig) -> EncoderRows:
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     return EncoderRows(
+        config_of(vllm_config),
         fingerprint=model_fingerprint(vllm_config),
         row_bytes=_row_bytes(vllm_config),
         index=ResidencyIndex(config_of(vllm_config).encoder_cpu_bytes, num_ranks),

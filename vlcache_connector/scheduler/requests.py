@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
 
 from ..config import ConfigError, RequestOptions, VLCacheConfig
-from ..frontend import is_content_hash
+from ..content import may_be_kept
 from ..keys import encoder_key, segment_key
 from ..protocol import (
     Item,
@@ -51,7 +51,7 @@ def refusal_of(request: Request, config: VLCacheConfig) -> Refusal | None:
         return "unsupported"
     if request.cache_salt is None and not config.share_unsalted:
         return "unsalted"
-    if not all(is_content_hash(feature.identifier) for feature in request.mm_features):
+    if not all(may_be_kept(feature.identifier, config) for feature in request.mm_features):
         # What a client says an image is, is not what it is.
         return "client_uuid"
     previous_end = 0
@@ -184,15 +184,17 @@ class TrackedRequest:
         """Track `request`, which has images and is not refused.
 
         Args:
-            fingerprint: `support.model_fingerprint`.
+            fingerprint: `identity.model_fingerprint`.
             read_options: reads `kv_transfer_params`; raises ConfigError where they are not valid.
         """
         features = sorted(
             enumerate(request.mm_features), key=lambda entry: entry[1].mm_position.offset
         )
-        items = []
+        items, tokens = [], request.prompt_token_ids
+        assert tokens is not None  # or it was refused
         for ordinal, (index, feature) in enumerate(features):
             position, identifier = feature.mm_position, feature.identifier
+            is_embed = None if position.is_embed is None else tuple(position.is_embed.tolist())
             items.append(
                 Item(
                     index=index,
@@ -203,11 +205,14 @@ class TrackedRequest:
                         fingerprint=fingerprint,
                         donor=config.donor,
                         salt=request.cache_salt,
+                        text=[
+                            (offset, tokens[position.offset + offset])
+                            for offset, takes_row in enumerate(is_embed or ())
+                            if not takes_row
+                        ],
                     ),
                     encoder_key=encoder_key(identifier, fingerprint=fingerprint),
-                    is_embed=None
-                    if position.is_embed is None
-                    else tuple(position.is_embed.tolist()),
+                    is_embed=is_embed,
                 )
             )
         try:

@@ -53,7 +53,7 @@ class SchedulerSide:
     Args:
         config: VLCache's options.
         shape: of one token's KV on one rank.
-        fingerprint: `support.model_fingerprint`.
+        fingerprint: `identity.model_fingerprint`.
         hash_block_size: tokens per hash of vLLM's prefix cache.
         limits: vLLM's, on what a step computes.
         segments: index of the stored KV segments.
@@ -441,10 +441,6 @@ class SchedulerSide:
             self._staging.update(report.fetched)
         for key, ranks in report.stored.items():
             self._segments.stored(key, ranks)
-        if self._canonical is not None:
-            assert self._kv_cache_manager is not None
-            for key in {*report.stored, *report.lost}:
-                self._canonical.finish(key, self._kv_cache_manager.block_pool)
         self.statistics.take_report(report)
         for key in report.lost:
             self._segments.lost(key)

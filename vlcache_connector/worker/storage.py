@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from vllm.platforms import current_platform
 
+from ..identity import check_identity, model_fingerprint
 from ..protocol import Fetched, FetchPlan, TierState
 from ..store import Kind, KVWriter, LMCacheSegmentStore, Segment, SegmentStore
 from ..streams import Leaving, Side, make_side
-from ..support import config_of, kv_shape, model_fingerprint
+from ..support import config_of, kv_shape
 from ..tiers import open_tiers
 from .device import DeviceSegments
-from .memory import check_memory, host_memory
+from .memory import check_memory, host_memory, taking_turns
 from .pace import Pace
 from .ranks import own_rank
 from .transfers import Admission, Transfers
@@ -166,6 +167,7 @@ def open_storage(vllm_config: VllmConfig, pace: Pace) -> Storage:
     Raises:
         ConfigError: there is not as much memory, or a tier can't be used.
     """
+    check_identity(vllm_config, is_loaded=True)
     config, shape = config_of(vllm_config), kv_shape(vllm_config)
     rank = own_rank()
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
@@ -173,23 +175,24 @@ def open_storage(vllm_config: VllmConfig, pace: Pace) -> Storage:
     device = torch.device(current_platform.device_type)
     tiers = open_tiers(config, fingerprint, model)
     budget = host_memory(config, num_ranks)
-    check_memory(config, budget, device)
     side = make_side(device)
-    host = LMCacheSegmentStore(
-        model_name=model,
-        fingerprint=fingerprint,
-        rank=rank,
-        world_size=num_ranks,
-        budget_bytes=budget,
-        num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        kv_dtype=shape.dtype,
-        # This process wrote or checked the memory itself: a checksum over each read would only
-        # cost time.
-        verify=False,
-        side=side,
-    )
+    with taking_turns():
+        check_memory(config, budget, device)
+        host = LMCacheSegmentStore(
+            model_name=model,
+            fingerprint=fingerprint,
+            rank=rank,
+            world_size=num_ranks,
+            budget_bytes=budget,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            kv_dtype=shape.dtype,
+            # This process wrote or checked the memory itself: a checksum over each read would only
+            # cost time.
+            verify=False,
+            side=side,
+        )
     transfers = None
     if tiers:
         transfers = Transfers(
