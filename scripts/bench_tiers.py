@@ -264,7 +264,7 @@ def _steps(
         return True
 
     def check() -> bool:
-        store.check_encoded(name.key, "kv", objects)
+        store.check_encoded(name.key, "kv", objects, tokens)
         return True
 
     put()

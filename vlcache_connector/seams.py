@@ -155,6 +155,17 @@ SEAMS: tuple[Seam, ...] = (
         "identifier mm_position mm_hash",
     ),
     *_replaced(
+        "vllm.v1.engine.core:EngineCore",
+        "weights.py",
+        collective_rpc="method timeout args kwargs",
+        set_weight_version="weight_version",
+    ),
+    _takes(
+        "vllm.model_executor.model_loader.weight_checksum:_weights",
+        "worker/checksum.py",
+        "model",
+    ),
+    *_replaced(
         "vllm.model_executor.model_loader.base_loader:BaseModelLoader",
         "worker/loaded.py",
         load_model="vllm_config model_config prefix",

@@ -279,8 +279,13 @@ class LMCacheSegmentStore(SegmentStore):
             obj.tensor.numpy().data[:] = part
         return self._keep(key, kind, ids, memory)
 
-    def check_encoded(self, key: str, kind: Kind, objects: Sequence[memoryview]) -> None:
-        complete(self._decode(key, kind, iter(as_buffers(objects)), verify=True), len(objects))
+    def check_encoded(
+        self, key: str, kind: Kind, objects: Sequence[memoryview], num_tokens: int
+    ) -> None:
+        buffers = iter(as_buffers(objects))
+        header, _ = complete(self._decode(key, kind, buffers, verify=True), len(objects))
+        if header.num_tokens != num_tokens:
+            raise RefusedObject("shape", f"of {header.num_tokens} tokens, not {num_tokens}")
 
     def get_encoded(self, key: str, kind: Kind) -> EncodedSegment | None:
         self._arrive(key, kind)

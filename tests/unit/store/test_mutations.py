@@ -94,7 +94,9 @@ def test_ten_thousand_mutated_values_are_refused_or_equal(
         (key, kind), objects = rng.choice(list(values.items()))
         mutated = mutate(rng, objects, list(values.values()))
         try:
-            store.check_encoded(key, kind, [memoryview(bytearray(part)) for part in mutated])
+            store.check_encoded(
+                key, kind, [memoryview(bytearray(part)) for part in mutated], TOKENS
+            )
         except RefusedObject as refusal:
             outcomes[refusal.reason] += 1
             continue
@@ -109,5 +111,16 @@ def test_ten_thousand_mutated_values_are_refused_or_equal(
 def test_whole_values_pass(values: dict[tuple[str, Kind], list[bytes]]) -> None:
     store = make_store()
     for (key, kind), objects in values.items():
-        store.check_encoded(key, kind, [memoryview(bytearray(part)) for part in objects])
+        store.check_encoded(key, kind, [memoryview(bytearray(part)) for part in objects], TOKENS)
+    store.close()
+
+
+def test_a_whole_value_of_another_size_is_refused(
+    values: dict[tuple[str, Kind], list[bytes]],
+) -> None:
+    store = make_store()
+    for (key, kind), objects in values.items():
+        parts = [memoryview(bytearray(part)) for part in objects]
+        with pytest.raises(RefusedObject, match=f"of {TOKENS} tokens, not {TOKENS + 1}"):
+            store.check_encoded(key, kind, parts, TOKENS + 1)
     store.close()
