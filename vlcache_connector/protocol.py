@@ -159,20 +159,13 @@ class ItemReuse:
 
 
 @dataclass(frozen=True)
-class ReusePlan:
-    """What the sparse prefill has to do for one request: fill the KV of `claim`."""
+class Layout:
+    """Which tokens of a claim are reused and which are computed."""
 
-    req_id: str
     claim: Span
     """Tokens that vLLM takes as externally computed."""
     reused: tuple[ItemReuse, ...]
     """The known items, in prompt order; all other tokens of the claim are computed."""
-    captures: dict[int, str] = field(default_factory=dict)
-    """Item -> content key, of items that are computed completely inside the claim and stored."""
-    block_ids: tuple[int, ...] = ()
-    """The request's KV blocks, from its first token on, covering `claim`."""
-    encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
-    """Item -> (modality, processed inputs), where a computed item has no stored rows."""
 
     def runs_at(self, layer: int) -> list[Span]:
         """Maximal stretches of the claim that decoder layer `layer` computes, in order."""
@@ -205,12 +198,25 @@ class ReusePlan:
         ends = [self.claim.start, *(reuse.span.end for reuse in self.reused)]
         return self.reused[-1].span.start - ends[-2]
 
-    def shorter(self) -> ReusePlan | None:
-        """The same plan up to the known item before the last one; None: there is none."""
+    def shorter(self) -> Layout | None:
+        """The same up to the known item before the last one; None: there is none."""
         if len(self.reused) < 2:
             return None
         reused = self.reused[:-1]
         return replace(self, claim=Span(self.claim.start, reused[-1].span.end), reused=reused)
+
+
+@dataclass(frozen=True)
+class ReusePlan(Layout):
+    """What the sparse prefill has to do for one request: fill the KV of its claim."""
+
+    req_id: str
+    block_ids: tuple[int, ...]
+    """The request's KV blocks, from its first token on, covering the claim."""
+    captures: dict[int, str] = field(default_factory=dict)
+    """Item -> content key, of items that are computed completely inside the claim and stored."""
+    encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
+    """Item -> (modality, processed inputs), where a computed item has no stored rows."""
 
     def without(self, item: int) -> ReusePlan:
         """The same plan with all of `item`'s tokens computed instead of reused."""

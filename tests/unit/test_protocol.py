@@ -277,12 +277,12 @@ def test_the_first_reused_token_by_example(
     reuse = ItemReuse(0, "donor", Span(10, 20), stages, blend)
     assert reuse.first_reused == expected
     later = ItemReuse(1, "donor", Span(25, 30), (Stage(0, ()),))
-    plan = ReusePlan("request", Span(0, 30), (reuse, later))
+    plan = ReusePlan(Span(0, 30), (reuse, later), "request", ())
     assert plan.first_reused == (25 if expected is None else expected)
 
 
 def test_a_plan_without_reuse_has_no_first_reused_token() -> None:
-    plan = ReusePlan("request", Span(3, 9), ())
+    plan = ReusePlan(Span(3, 9), (), "request", ())
     assert plan.first_reused is None
     assert plan.runs_at(0) == plan.runs_at(5) == [Span(3, 9)]
     assert (plan.num_computed, plan.num_recomputed, plan.num_reused) == (6, 0, 0)
@@ -298,7 +298,7 @@ def test_a_layered_plan_by_example() -> None:
     blended = ItemReuse(
         1, "donor b", Span(16, 20), (Stage(0, (Span(16, 20),)),), Blend(1, Fraction(1, 3))
     )
-    plan = ReusePlan("request", Span(0, 20), (layered, blended))
+    plan = ReusePlan(Span(0, 20), (layered, blended), "request", ())
     assert plan.runs_at(0) == plan.runs_at(1) == [Span(0, 8), Span(10, 12), Span(14, 20)]
     assert plan.runs_at(2) == plan.runs_at(3) == [Span(0, 6), Span(14, 20)]
     assert plan.runs_at(4) == plan.runs_at(99) == [Span(0, 4), Span(14, 20)]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..config import RequestOptions
-from ..protocol import CapturePlan, Item, ReusePlan
+from ..protocol import CapturePlan, Item, Layout
 from ..support import KVShape
 from .canonical import CanonicalDonors
 from .donors import Donors
@@ -43,15 +43,15 @@ class CapturePlanner:
         self._min_tokens = min_tokens
         self._is_below_default = is_below_default
 
-    def in_claim(self, tracked: TrackedRequest, plan: ReusePlan) -> dict[int, str]:
+    def in_claim(self, tracked: TrackedRequest, layout: Layout) -> dict[int, str]:
         """Keys of unknown items that the sparse prefill computes from first to last token, by
         their indices."""
-        reused = {reuse.item for reuse in plan.reused}
+        reused = {reuse.item for reuse in layout.reused}
         captures = {}
         for item in tracked.items:
-            inside = plan.claim.start <= item.span.start and item.span.end <= plan.claim.end
+            inside = layout.claim.start <= item.span.start and item.span.end <= layout.claim.end
             if inside and item.index not in reused:
-                key = self._reserve(tracked, item, plan)
+                key = self._reserve(tracked, item, layout)
                 if key is not None:
                     captures[item.index] = key
         return captures
@@ -73,7 +73,9 @@ class CapturePlanner:
             if not part:
                 continue
             if part.start == item.span.start:
-                key = self._reserve(tracked, item, tracked.loading)
+                key = self._reserve(
+                    tracked, item, tracked.claimed.plan if tracked.claimed else None
+                )
                 if key is None:
                     continue
                 tracked.capturing[item.index] = CapturedItem(key, part.start)
@@ -101,17 +103,17 @@ class CapturePlanner:
             self._segments.discard(captured.key)
         tracked.capturing.clear()
 
-    def _reserve(self, tracked: TrackedRequest, item: Item, plan: ReusePlan | None) -> str | None:
+    def _reserve(self, tracked: TrackedRequest, item: Item, layout: Layout | None) -> str | None:
         """Key to capture a new item under, None when it is not to be captured.
 
         Args:
-            plan: of the request, if it reuses anything.
+            layout: of the request's claim, if it has one.
         """
         if len(item.span) < self._min_tokens:
             return None
         num_bytes = len(item.span) * self._shape.bytes_per_token
         if self._canonical is None:
-            first = plan.first_reused if plan is not None else None
+            first = layout.first_reused if layout is not None else None
             is_behind = first is not None and first < item.span.start
             if is_behind and self._is_below_default(tracked.options):
                 return None

@@ -19,7 +19,7 @@ from vllm.v1.request import RequestStatus
 
 from ..calibration import LayerSchedule, Relation
 from ..config import RequestOptions, VLCacheConfig
-from ..protocol import Item, Outcome, PrefillFigures, ReusePlan, StepPlan, StepReport
+from ..protocol import Item, Layout, Outcome, PrefillFigures, ReusePlan, StepPlan, StepReport
 from ..support import KVShape
 from .budget import Fit, StepBudget, Work
 from .canonical import CanonicalDonors
@@ -30,7 +30,7 @@ from .fence import PrefixFence, self_test
 from .index import ResidencyIndex
 from .options import OptionsPolicy
 from .planner import plan_reuse
-from .requests import TrackedRequest, refusal_of
+from .requests import Claimed, Lookup, Staged, TrackedRequest, refusal_of
 from .staging import Staging
 from .statistics import Statistics
 
@@ -165,39 +165,141 @@ class SchedulerSide:
         tracked = self._requests.get(request.request_id)
         if tracked is None:
             return self._nothing(request, num_computed), False
-        tracked.pending = None
-        tracked.wanted = self._wanted(tracked, num_computed)
+        tracked.staged = None
         try:
-            if self._is_being_staged(tracked):
+            wanted = self._wanted(tracked, num_computed)
+            if self._is_being_staged(tracked, wanted):
                 return None, False
-            plan = self._plan(tracked, num_computed)
+            tracked.staged = self._look_up(tracked, wanted)
+            tracked.staged = self._plan(tracked, tracked.staged, num_computed)
         except Exception:
             self._failed("plan", request.request_id)
-            plan = None
-        if plan is None:
+        layout = tracked.staged.layout if tracked.staged is not None else None
+        if tracked.staged is None or layout is None:
             self._fence.lift(request, num_computed)
             return self._nothing(request, num_computed), False
         if self._prefix_is_in_flight(request, num_computed):
             return None, False
-        if self._fit(request, plan) != "now":
+        if self._fit(request, tracked.staged) != "now":
             self._budget.wait()
             return None, False
-        if plan.first_reused is not None and self._is_fenced(tracked):
-            self._fence.raise_at(request, plan.first_reused)
-        tracked.pending = plan
-        return len(plan.claim), False
+        if layout.first_reused is not None and self._is_fenced(tracked):
+            self._fence.raise_at(request, layout.first_reused)
+        return len(layout.claim), False
+
+    def _is_fenced(self, tracked: TrackedRequest) -> bool:
+        """Whether the approximate blocks of a request are for itself alone."""
+        return not self._config.share_approximate_prefix or self._options.is_below_default(
+            tracked.options
+        )
+
+    def _wanted(self, tracked: TrackedRequest, num_computed: int) -> list[Item]:
+        """Items that vLLM's prefix cache does not hold, and whose KV may be stored."""
+        # vLLM throws the claim away when it is not to read its prefix cache.
+        may_reuse = self._can_reuse and tracked.options.enabled
+        if not may_reuse or tracked.request.skip_reading_prefix_cache:
+            return []
+        return [
+            item
+            for item in tracked.items
+            if item.span.end > num_computed and len(item.span) >= self._config.min_segment_tokens
+        ]
+
+    def _is_being_staged(self, tracked: TrackedRequest, wanted: Sequence[Item]) -> bool:
+        """Whether what the request may reuse is still on its way into host memory."""
+        if self._staging is None or not wanted:
+            return False
+        return self._staging.is_pending(
+            tracked.request.request_id,
+            wanted,
+            self._segment_bytes,
+            self._encoder_bytes,
+            lambda item: self._options.saved_tokens(tracked.options, len(item.span)),
+        )
+
+    def _look_up(self, tracked: TrackedRequest, wanted: Sequence[Item]) -> Staged:
+        """Where the KV of the wanted items is."""
+        lookups = tuple(self._look_for(tracked, item) for item in wanted)
+        if self._staging is None:
+            return Staged(lookups)
+        req_id = tracked.request.request_id
+        waited = self._staging.waited_seconds(req_id)
+        return Staged(lookups, waited, self._staging.tier_of(req_id))
+
+    def _look_for(self, tracked: TrackedRequest, item: Item) -> Lookup:
+        """Where an item's KV is, and whether it may be had."""
+        if self._is_gated:
+            return Lookup(item, "skipped", held_back="gate")
+        if self._donors.is_forbidden(item):
+            return Lookup(item, "skipped", "cpu", held_back="gate")
+        below = Lookup(item, "miss")
+        if self._staging is not None:
+            below = self._staging.lookup(tracked.request.request_id, item)
+        donor = self._donors.find(item)
+        if donor is not None:
+            return Lookup(item, "hit", below.tier if below.outcome == "hit" else "cpu", donor)
+        # Found, and yet not here: there was no room.
+        return replace(below, outcome="failed") if below.outcome == "hit" else below
+
+    def _plan(self, tracked: TrackedRequest, staged: Staged, num_computed: int) -> Staged:
+        """The longest claim that a step has room for, of what was found."""
+        request = tracked.request
+        layout = plan_reuse(
+            tracked.items,
+            num_computed=num_computed,
+            num_tokens=request.num_tokens,
+            donors={look.item.index: look.donor for look in staged.lookups if look.donor},
+            select=functools.partial(self._options.select, tracked.options),
+        )
+        while layout is not None:
+            computed = self._items_in_runs(tracked, layout)
+            features = {
+                item.index: request.mm_features[item.index]
+                for item in computed
+                if not self._encoder_rows.index.is_ready(item.encoder_key)
+            }
+            inputs = {index: (f.modality, f.data) for index, f in features.items()}
+            planned = replace(staged, layout=layout, encoder_inputs=inputs)
+            if not self._is_worth_it(request, planned, layout):
+                staged = staged.without_last(layout)
+            elif all(data is not None for _, data in inputs.values()):
+                for item in computed:
+                    self._encoder_rows.promise(item.encoder_key)
+                for reuse in layout.reused:
+                    self._segments.promise(reuse.donor)
+                return planned
+            layout = layout.shorter()
+        return staged
+
+    @staticmethod
+    def _items_in_runs(tracked: TrackedRequest, layout: Layout) -> list[Item]:
+        runs = layout.runs_at(0)
+        return [
+            item
+            for item in tracked.items
+            if any(item.span.clip(run.start, run.end) for run in runs)
+        ]
+
+    def _is_worth_it(self, request: Request, staged: Staged, layout: Layout) -> bool:
+        """Whether a claim may be filled some time, and its last item is worth the way to it."""
+        if layout.tokens_before_last > _LONGEST_WAY * len(layout.reused[-1].span):
+            return False
+        return self._fit(request, staged) != "never"
+
+    def _fit(self, request: Request, staged: Staged) -> Fit:
+        return self._budget.fit(self._work(request, 0, staged), self._encoder_rows.num_encoded)
 
     def _nothing(self, request: Request, num_computed: int) -> int | None:
         """What a request that claims nothing is told: 0, or None where others claimed the step."""
         work = self._work(request, num_computed)
         return None if self._budget.is_spent_for(work, self._encoder_rows.num_encoded) else 0
 
-    def _work(self, request: Request, num_computed: int, plan: ReusePlan | None = None) -> Work:
-        """What a plan, if there is one, and then vLLM compute of a request in this step."""
+    def _work(self, request: Request, num_computed: int, staged: Staged | None = None) -> Work:
+        """What a claim, if there is one, and then vLLM compute of a request in this step."""
         tokens, encoded = 0, 0
-        if plan is not None:
-            num_computed, tokens = plan.claim.end, plan.num_computed
-            items = (request.mm_features[index] for index in plan.encoder_inputs)
+        if staged is not None and staged.layout is not None:
+            num_computed, tokens = staged.layout.claim.end, staged.layout.num_computed
+            items = (request.mm_features[index] for index in staged.encoder_inputs)
             encoded = sum(feature.mm_position.get_num_embeds() for feature in items)
         rest = self._budget.chunk(request.num_tokens - num_computed)
         rest_encoded = sum(
@@ -209,177 +311,62 @@ class SchedulerSide:
         )
         return Work(tokens, rest, encoded, rest_encoded)
 
-    def _is_fenced(self, tracked: TrackedRequest) -> bool:
-        """Whether the approximate blocks of a request are for itself alone."""
-        return not self._config.share_approximate_prefix or self._options.is_below_default(
-            tracked.options
-        )
-
     def update_state_after_alloc(
         self, request: Request, block_ids: tuple[int, ...], num_external: int
     ) -> None:
-        """vLLM has allocated the claimed tokens: the plan is part of this step."""
+        """vLLM has allocated the claimed tokens: the claim is part of this step."""
         tracked = self._requests.get(request.request_id)
-        if tracked is None:
+        if tracked is None or tracked.staged is None:
             return
-        plan, tracked.pending = tracked.pending, None
+        staged, layout = tracked.staged, tracked.staged.layout
         if num_external == 0:
-            plan = None
-        self._take_lookups(tracked, plan)
-        if plan is None:
+            layout = None
+        reused = {reuse.item for reuse in layout.reused} if layout is not None else set()
+        for look in staged.lookups:
+            # What the workers are to load is counted when they have.
+            if look.item.index not in reused:
+                outcome: Outcome = "failed" if look.outcome == "hit" else look.outcome
+                self.statistics.looked_up(look.tier, outcome)
+        if layout is None:
             return
-        if num_external != len(plan.claim):
+        if num_external != len(layout.claim):
             raise RuntimeError(
-                f"vLLM took {num_external} of {len(plan.claim)} claimed tokens of request "
+                f"vLLM took {num_external} of {len(layout.claim)} claimed tokens of request "
                 f"{request.request_id}"
             )
-        last_block = -(-plan.claim.end // self._shape.block_size)
-        plan = replace(
-            plan,
-            block_ids=block_ids[:last_block],
-            captures={} if self._captures is None else self._captures.in_claim(tracked, plan),
-        )
-        for index in plan.encoder_inputs:
+        for index in staged.encoder_inputs:
             self._encoder_rows.keep(request.mm_features[index])
         if request.prefill_stats is not None and request.num_preemptions == 0:
             # What the sparse prefill computes is not cached; vLLM counts all of the claim as such.
             request.prefill_stats.set(
                 num_prompt_tokens=request.prefill_stats.num_prompt_tokens,
                 num_local_cached_tokens=request.prefill_stats.num_local_cached_tokens,
-                num_external_cached_tokens=plan.num_reused,
+                num_external_cached_tokens=layout.num_reused,
             )
-        tracked.loading = plan
-        self._budget.claim(self._work(request, 0, plan))
+        plan = ReusePlan(
+            layout.claim,
+            layout.reused,
+            request.request_id,
+            block_ids[: -(-layout.claim.end // self._shape.block_size)],
+            {} if self._captures is None else self._captures.in_claim(tracked, layout),
+            staged.encoder_inputs,
+        )
+        tiers = {look.item.index: look.tier or "cpu" for look in staged.lookups}
+        tracked.claimed = Claimed(plan, {item: tiers[item] for item in reused}, staged)
+        self._budget.claim(self._work(request, 0, staged))
         self._step_reuse.append(plan)
-
-    def _take_lookups(self, tracked: TrackedRequest, plan: ReusePlan | None) -> None:
-        """The request is admitted: note where its items were found, and count those that were not.
-
-        What the workers are to load is counted when they have.
-        """
-        req_id = tracked.request.request_id
-        planned = {reuse.item for reuse in plan.reused} if plan is not None else set()
-        if planned:
-            tracked.tier, tracked.tiers = "cpu", dict.fromkeys(planned, "cpu")
-        if self._staging is not None:
-            tracked.fetch_seconds = self._staging.waited_seconds(req_id)
-            if planned:
-                tracked.tier = self._staging.tier_of(req_id) or "cpu"
-        for item in tracked.wanted:
-            tier, outcome = self._lookup(tracked, item)
-            if item.index not in planned:
-                # Found, and yet not in the plan: there was no room, or planning failed.
-                why: Outcome = "skipped" if tracked.held_back == "budget" else "failed"
-                self.statistics.looked_up(tier, why if outcome == "hit" else outcome)
-            elif outcome == "hit" and tier is not None:
-                tracked.tiers[item.index] = tier
-        tracked.wanted = []
-
-    def _lookup(self, tracked: TrackedRequest, item: Item) -> tuple[str | None, Outcome]:
-        """Where an item's KV is, and whether it may be had."""
-        if self._is_gated:
-            return None, "skipped"
-        if self._donors.is_forbidden(item):
-            return "cpu", "skipped"
-        if self._staging is not None:
-            tier, outcome = self._staging.lookup(tracked.request.request_id, item)
-            if outcome != "miss":
-                return tier, outcome
-        return ("cpu", "hit") if self._donors.find(item) is not None else (None, "miss")
 
     def external_tokens(self, request: Request) -> dict[str | None, int]:
         """Claimed tokens of an admitted request: reused ones by their tier, as far as it is known
         before they are loaded, and computed ones under None."""
         tracked = self._requests.get(request.request_id)
-        if tracked is None or tracked.loading is None:
+        if tracked is None or tracked.claimed is None:
             return {}
-        plan, tokens = tracked.loading, Counter[str | None]()
+        plan, tokens = tracked.claimed.plan, Counter[str | None]()
         for reuse in plan.reused:
-            tokens[tracked.tiers[reuse.item]] += reuse.num_reused
+            tokens[tracked.claimed.tiers[reuse.item]] += reuse.num_reused
         tokens[None] = len(plan.claim) - plan.num_reused
         return +tokens
-
-    def _may_reuse(self, tracked: TrackedRequest) -> bool:
-        # vLLM throws the claim away when it is not to read its prefix cache.
-        return (
-            self._can_reuse
-            and tracked.options.enabled
-            and not tracked.request.skip_reading_prefix_cache
-        )
-
-    def _wanted(self, tracked: TrackedRequest, num_computed: int) -> list[Item]:
-        """Items that vLLM's prefix cache does not hold, and whose KV may be stored."""
-        if not self._may_reuse(tracked):
-            return []
-        return [
-            item
-            for item in tracked.items
-            if item.span.end > num_computed and len(item.span) >= self._config.min_segment_tokens
-        ]
-
-    def _is_being_staged(self, tracked: TrackedRequest) -> bool:
-        """Whether what the request may reuse is still on its way into host memory."""
-        if self._staging is None or not self._may_reuse(tracked):
-            return False
-        return self._staging.is_pending(
-            tracked.request.request_id,
-            tracked.wanted,
-            self._segment_bytes,
-            self._encoder_bytes,
-            lambda item: self._options.saved_tokens(tracked.options, len(item.span)),
-        )
-
-    def _plan(self, tracked: TrackedRequest, num_computed: int) -> ReusePlan | None:
-        request = tracked.request
-        if not self._may_reuse(tracked):
-            return None
-        if self._is_gated or any(self._donors.is_forbidden(item) for item in tracked.items):
-            tracked.held_back = "gate"
-        else:
-            tracked.held_back = None
-        plan = plan_reuse(
-            request.request_id,
-            tracked.items,
-            num_computed=num_computed,
-            num_tokens=request.num_tokens,
-            find_donor=self._donors.find,
-            select=functools.partial(self._options.select, tracked.options),
-        )
-        while plan is not None:
-            in_runs = self._items_in_runs(tracked, plan)
-            new = [i for i in in_runs if not self._encoder_rows.index.is_ready(i.encoder_key)]
-            features = {item.index: request.mm_features[item.index] for item in new}
-            plan = replace(
-                plan, encoder_inputs={n: (f.modality, f.data) for n, f in features.items()}
-            )
-            if not self._is_worth_it(request, plan):
-                tracked.held_back = "budget"
-            elif None not in (feature.data for feature in features.values()):
-                for item in in_runs:
-                    self._encoder_rows.promise(item.encoder_key)
-                for reuse in plan.reused:
-                    self._segments.promise(reuse.donor)
-                break
-            plan = plan.shorter()
-        return plan
-
-    def _is_worth_it(self, request: Request, plan: ReusePlan) -> bool:
-        """Whether a plan may be carried out some time, and its last item is worth the way to it."""
-        if plan.tokens_before_last > _LONGEST_WAY * len(plan.reused[-1].span):
-            return False
-        return self._fit(request, plan) != "never"
-
-    def _fit(self, request: Request, plan: ReusePlan) -> Fit:
-        return self._budget.fit(self._work(request, 0, plan), self._encoder_rows.num_encoded)
-
-    @staticmethod
-    def _items_in_runs(tracked: TrackedRequest, plan: ReusePlan) -> list[Item]:
-        runs = plan.runs_at(0)
-        return [
-            item
-            for item in tracked.items
-            if any(item.span.clip(run.start, run.end) for run in runs)
-        ]
 
     def _prefix_is_in_flight(self, request: Request, num_computed: int) -> bool:
         """Whether a block of the local prefix hit is computed only by this step's own forward.
@@ -473,13 +460,9 @@ class SchedulerSide:
         self._finishing.clear()
 
     def _take_figures(self, tracked: TrackedRequest, figures: PrefillFigures) -> None:
-        tracked.figures = figures
-        if tracked.tier == "cpu" and figures.reused and figures.on_device >= figures.reused.keys():
-            tracked.tier = "device"
-        for item, tier in tracked.tiers.items():
-            if tier == "cpu" and item in figures.on_device:
-                tracked.tiers[item] = "device"
-        self.statistics.loaded(tracked)
+        assert tracked.claimed is not None
+        tracked.claimed = loaded = tracked.claimed.loaded(figures)
+        self.statistics.loaded(loaded)
 
     def request_finished(self, request: Request) -> dict[str, Any] | None:
         """Forget the request; its figures go back to the client."""
@@ -490,8 +473,8 @@ class SchedulerSide:
             self._staging.forget(request.request_id)
         if tracked is None:
             return None
-        if tracked.held_back is not None:
-            self.statistics.happened(f"refused.{tracked.held_back}")
+        if tracked.staged is not None and tracked.staged.held_back is not None:
+            self.statistics.happened(f"refused.{tracked.staged.held_back}")
         if self._captures is not None:
             self._captures.give_up(tracked)
         if tracked.context_sent:

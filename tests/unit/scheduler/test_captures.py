@@ -11,11 +11,11 @@ from vllm.v1.request import Request
 from tests.helpers.made_requests import feature, request
 from vlcache_connector.calibration import RELATIONS
 from vlcache_connector.config import RequestOptions, VLCacheConfig
-from vlcache_connector.protocol import ItemReuse, ReusePlan, Span, Stage
+from vlcache_connector.protocol import ItemReuse, Layout, ReusePlan, Span, Stage
 from vlcache_connector.scheduler.captures import CapturePlanner
 from vlcache_connector.scheduler.donors import Donors
 from vlcache_connector.scheduler.index import ResidencyIndex
-from vlcache_connector.scheduler.requests import TrackedRequest
+from vlcache_connector.scheduler.requests import Claimed, Staged, TrackedRequest
 from vlcache_connector.support import KVShape
 
 SHAPE = KVShape(num_layers=2, num_kv_heads=1, head_dim=4, dtype=torch.float32, block_size=16)
@@ -80,7 +80,7 @@ def test_what_is_given_up_can_be_captured_again(
 
 def test_a_claim_captures_the_new_items_that_lie_inside(captures: CapturePlanner) -> None:
     tracked = track(request(feature("a", 10, 20), feature("b", 50, 30)))
-    plan = ReusePlan(req_id="r", claim=Span(0, 60), reused=())
+    plan = Layout(Span(0, 60), ())
     assert list(captures.in_claim(tracked, plan)) == [0]
 
 
@@ -104,7 +104,7 @@ def test_what_a_client_weakened_is_not_stored_for_others(
     made = request(feature("a", 0, 20), feature("known", 20, 20), feature("b", 50, 30))
     tracked = track(made, **options)
     reused = (reuse_of(1, Span(20, 40), recomputed),)
-    plan = ReusePlan(req_id="r", claim=Span(0, 80), reused=reused)
+    plan = Layout(Span(0, 80), reused)
     assert list(captures.in_claim(tracked, plan)) == expected
     captures.give_up(tracked)
 
@@ -114,6 +114,7 @@ def test_what_a_client_weakened_is_not_stored_behind_the_claim_either(
 ) -> None:
     tracked = track(request(feature("known", 0, 20), feature("b", 50, 30)), selector="none")
     reused = (reuse_of(0, Span(0, 20), 0),)
-    tracked.loading = ReusePlan(req_id="r", claim=Span(0, 20), reused=reused)
+    plan = ReusePlan(Span(0, 20), reused, "r", (0, 1))
+    tracked.claimed = Claimed(plan, {0: "cpu"}, Staged(()))
     tracked.request.num_computed_tokens = 20
     assert captures.in_step(tracked, 80, BLOCKS) == []

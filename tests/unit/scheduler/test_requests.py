@@ -14,8 +14,17 @@ from vllm.v1.request import Request
 
 from tests.helpers.made_requests import feature, request
 from vlcache_connector.config import ConfigError, RequestOptions, VLCacheConfig
-from vlcache_connector.protocol import PrefillFigures
-from vlcache_connector.scheduler.requests import TrackedRequest, refusal_of
+from vlcache_connector.protocol import Item, PrefillFigures, ReusePlan, Span
+from vlcache_connector.scheduler.requests import (
+    Claimed,
+    Lookup,
+    Staged,
+    TrackedRequest,
+    refusal_of,
+)
+
+GATED = Lookup(Item(0, Span(0, 9), 0, "key", "rows"), "skipped", held_back="gate")
+PLAN = ReusePlan(Span(0, 9), (), "r", (0,))
 
 
 def track(made: Request) -> TrackedRequest:
@@ -163,9 +172,11 @@ def test_other_errors_of_reading_options_are_not_swallowed() -> None:
 
 def test_a_report_has_the_tokens_of_the_widest_layer_and_the_sum_over_layers() -> None:
     tracked = tracked_one()
-    tracked.tier = "cpu"
-    tracked.fetch_seconds = 0.125
-    tracked.figures = PrefillFigures({0: 60, 1: 30}, 10, (30, 30, 24, 20), 0.25, 1.5)
+    tracked.staged = Staged((), waited_seconds=0.125)
+    claimed = Claimed(PLAN, {0: "cpu", 1: "cpu"}, tracked.staged)
+    tracked.claimed = claimed.loaded(
+        PrefillFigures({0: 60, 1: 30}, 10, (30, 30, 24, 20), 0.25, 1.5)
+    )
     assert tracked.report() == {
         "reused_tokens": 90,
         "recomputed_tokens": 10,
@@ -181,7 +192,7 @@ def test_a_report_has_the_tokens_of_the_widest_layer_and_the_sum_over_layers() -
 
 def test_a_report_without_reuse_is_empty_but_for_the_refusal() -> None:
     tracked = tracked_one()
-    tracked.held_back = "gate"
+    tracked.staged = Staged((GATED,))
     report = tracked.report()
     assert report.pop("fallback") == "gate"
     assert not any(report.values())
@@ -189,6 +200,7 @@ def test_a_report_without_reuse_is_empty_but_for_the_refusal() -> None:
 
 def test_a_fallback_is_told_before_a_refusal() -> None:
     tracked = tracked_one()
-    tracked.held_back = "gate"
-    tracked.figures = PrefillFigures(fallback="segment lost")
+    tracked.staged = Staged((GATED,))
+    claimed = Claimed(PLAN, {0: "cpu"}, tracked.staged)
+    tracked.claimed = claimed.loaded(PrefillFigures(fallback="segment lost"))
     assert tracked.report()["fallback"] == "segment lost"
