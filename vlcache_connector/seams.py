@@ -306,7 +306,7 @@ SEAMS: tuple[Seam, ...] = (
     _has(
         "vllm.config:ModelConfig",
         "support.py",
-        "model dtype hf_config architectures multimodal_config is_multimodal_model uses_mrope "
+        "model dtype hf_config architecture multimodal_config is_multimodal_model uses_mrope "
         "get_num_layers get_num_kv_heads get_head_size get_inputs_embeds_size",
     ),
     _has("vllm.config:MultiModalConfig", "support.py", "mm_processor_cache_gb"),
@@ -350,7 +350,7 @@ SEAMS: tuple[Seam, ...] = (
         "model_config cache_config parallel_config lora_config speculative_config "
         "attention_config compilation_config kv_transfer_config ec_transfer_config",
     ),
-    _has("vllm.config:ModelConfig", "refusals.py", "architectures is_mm_prefix_lm use_mla"),
+    _has("vllm.config:ModelConfig", "refusals.py", "architecture is_mm_prefix_lm use_mla"),
     _has("vllm.config:CacheConfig", "refusals.py", "cache_dtype kv_offloading_size"),
     _has(
         "vllm.config:ParallelConfig",
