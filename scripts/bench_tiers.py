@@ -266,7 +266,7 @@ def _steps(
         return True
 
     def check() -> bool:
-        store.check_encoded(SegmentId(name.key, "kv"), objects)
+        store.check_encoded(SegmentId(name.key, "kv"), objects, tokens)
         return True
 
     put()

@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.multimodal.inputs import PlaceholderRange
 
+from tests.helpers.made_requests import content
+from vlcache_connector.config import VLCacheConfig
 from vlcache_connector.keys import encoder_key
 from vlcache_connector.protocol import EncoderPlan, EncoderReport
 from vlcache_connector.scheduler.encoder import EncoderRows
@@ -25,8 +27,8 @@ from vlcache_connector.worker.storage import Storage
 
 WIDTH, ROWS = 8, 4
 ROW_BYTES = WIDTH * 4
-IMAGES = [f"{number:064x}" for number in range(6)]
-"""vLLM's identifiers: content hashes."""
+IMAGES = [content(f"{ROWS}:{ROWS}:{number:064x}") for number in range(6)]
+"""Identifiers of items that were hashed here."""
 
 
 def make_index(num_images: int, num_ranks: int) -> ResidencyIndex:
@@ -34,7 +36,9 @@ def make_index(num_images: int, num_ranks: int) -> ResidencyIndex:
 
 
 def make_rows(index: ResidencyIndex, *, can_store: bool = True) -> EncoderRows:
-    return EncoderRows(fingerprint="print", row_bytes=ROW_BYTES, index=index, can_store=can_store)
+    return EncoderRows(
+        VLCacheConfig(), fingerprint="print", row_bytes=ROW_BYTES, index=index, can_store=can_store
+    )
 
 
 def request_for(image: str) -> Any:

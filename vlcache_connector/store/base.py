@@ -279,8 +279,13 @@ class SegmentStore(ABC):
         """
 
     @abstractmethod
-    def check_encoded(self, segment: SegmentId, objects: Sequence[memoryview]) -> None:
+    def check_encoded(
+        self, segment: SegmentId, objects: Sequence[memoryview], num_tokens: int
+    ) -> None:
         """Check objects of unknown content, every byte of them; may be called from any thread.
+
+        Args:
+            num_tokens: tokens, or encoder rows, that the segment must have.
 
         Raises:
             RefusedObject: they are not this segment, or not one that this store could hold.

@@ -275,8 +275,13 @@ class LMCacheSegmentStore(SegmentStore):
             obj.tensor.numpy().data[:] = part
         return self._keep(segment, ids, memory)
 
-    def check_encoded(self, segment: SegmentId, objects: Sequence[memoryview]) -> None:
-        complete(self._decode(segment, iter(as_buffers(objects)), verify=True), len(objects))
+    def check_encoded(
+        self, segment: SegmentId, objects: Sequence[memoryview], num_tokens: int
+    ) -> None:
+        buffers = iter(as_buffers(objects))
+        header, _ = complete(self._decode(segment, buffers, verify=True), len(objects))
+        if header.num_tokens != num_tokens:
+            raise RefusedObject("shape", f"of {header.num_tokens} tokens, not {num_tokens}")
 
     def get_encoded(self, segment: SegmentId) -> EncodedSegment | None:
         self._arrive(segment)

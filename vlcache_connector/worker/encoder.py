@@ -41,6 +41,7 @@ class EncoderRows:
         if plan.step <= self._step:
             return
         self._step = plan.step
+        self._storage.follow(plan.generation)
         self._awaited = set(plan.saves.values())
         for key in plan.dropped:
             self._storage.remove(SegmentId(key, "encoder"))

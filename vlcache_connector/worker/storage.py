@@ -6,8 +6,9 @@ disk and Redis get a copy of everything that is stored, and give it back on dema
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,9 +22,10 @@ from ..streams import Leaving, Side, make_side
 from ..support import config_of, kv_shape
 from ..tiers import open_tiers
 from .device import DeviceSegments
+from .loaded import holds_what_was_loaded
 from .memory import check_memory, host_memory, taking_turns
 from .pace import Pace
-from .ranks import own_rank
+from .ranks import all_ranks_have, own_rank
 from .transfers import Admission, Transfers
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class Storage:
         transfers: to and from the tiers below host memory, if there are any.
         side: a stream for copies beside the model's own, if there is one.
         leaving: what is read by copies is released through it.
+        is_unchanged: whether the weights are those that were loaded; by its result all ranks go.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Storage:
         transfers: Transfers | None = None,
         side: Side | None = None,
         leaving: Leaving | None = None,
+        is_unchanged: Callable[[], bool] = lambda: True,
     ) -> None:
         self.host = host
         self.side = side
@@ -59,6 +63,21 @@ class Storage:
         self._num_layers = num_layers
         self._device = device
         self._transfers = transfers
+        self._is_unchanged = is_unchanged
+        self._generation = 0
+
+    def follow(self, generation: int) -> None:
+        """The weights may have changed: below host memory is what the loaded ones made.
+
+        Args:
+            generation: of the weights, see `weights.generation`.
+        """
+        if generation == self._generation:
+            return
+        self._generation = generation
+        if self._transfers is not None:
+            [is_same] = all_ranks_have([self._is_unchanged()])
+            self._transfers.set_open(is_same)
 
     def open_kv(self, key: str, positions: Tensor) -> KVWriter | None:
         """Begin to store a KV segment, see `SegmentStore.open_kv`; `keep_kv` ends it."""
@@ -210,5 +229,11 @@ def open_storage(vllm_config: VllmConfig, pace: Pace) -> Storage:
     if config.device_bytes:
         copies = DeviceSegments(config.device_bytes, device, side, leaving)
     return Storage(
-        host, shape.num_layers, device=copies, transfers=transfers, side=side, leaving=leaving
+        host,
+        shape.num_layers,
+        device=copies,
+        transfers=transfers,
+        side=side,
+        leaving=leaving,
+        is_unchanged=functools.partial(holds_what_was_loaded, vllm_config),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ logger = init_logger(__name__)
 _READERS = 4
 _WRITE_SECONDS = 10.0
 _LAST_MOMENT_SECONDS = 5.0
+_MAX_REFUSED = 4096
 _TRY_AGAIN_AFTER = 20
 """Loads that are skipped as too slow before one is made anyway: speeds change."""
 
@@ -102,7 +103,21 @@ class Transfers:
         self._written: list[EncodedSegment] = []
         self._queued_bytes = 0
         self._skipped = 0
+        self._is_open = True
+        self._refused: OrderedDict[tuple[TierName, Name], None] = OrderedDict()
+        """What was not what its name says; a tier may be one that this server can't remove it
+        from."""
         self._is_closed = False
+
+    def set_open(self, is_open: bool) -> None:
+        """Whether the tiers are used; what is on its way to them arrives all the same."""
+        if is_open != self._is_open:
+            logger.warning(
+                "VLCache: the weights are %s: disk and Redis are %s",
+                "those that were loaded again" if is_open else "no longer those that were loaded",
+                "in use" if is_open else "left alone, what they hold is of those",
+            )
+        self._is_open = is_open
 
     # -- fetching ---------------------------------------------------------------------------
 
@@ -115,7 +130,9 @@ class Transfers:
     def _fetch(self, plan: FetchPlan) -> None:
         found: _Arrival | _Missing = _Missing(no_answer="failed")
         try:
-            if not self._is_closed:
+            if not self._is_open:
+                found = _Missing(no_answer="skipped")
+            elif not self._is_closed:
                 found = self._look_for(plan)
         except Exception:
             self._count("fetch.failed")
@@ -161,6 +178,8 @@ class Transfers:
             if not self._is_worth(tier, num_bytes, plan.saved_tokens):
                 self._count(f"{tier.name}.read.not_worth")
                 return worse(no_answer, "skipped")
+            if self._was_refused(tier, name):
+                continue
             left = deadline.seconds_left
             objects = tier.read(name, plan.max_bytes, deadline)
             if objects is None:
@@ -171,10 +190,11 @@ class Transfers:
                 no_answer = worse(no_answer, objects)
                 continue
             try:
-                self._store.check_encoded(name.id, objects)
+                self._store.check_encoded(name.id, objects, plan.num_tokens)
             except RefusedObject as refusal:
                 self._count(f"{tier.name}.read.refused_{refusal.reason}")
                 logger.warning("VLCache: %s segment refused: %s", tier.name, refusal)
+                self._refuse(tier, name)
                 tier.damaged(name, deadline)
                 no_answer = "failed"
                 continue
@@ -190,6 +210,16 @@ class Transfers:
             return True
         self._skipped += 1
         return self._skipped % _TRY_AGAIN_AFTER == 0
+
+    def _refuse(self, tier: GuardedTier, name: Name) -> None:
+        with self._changed:
+            self._refused[tier.name, name] = None
+            if len(self._refused) > _MAX_REFUSED:
+                self._refused.popitem(last=False)
+
+    def _was_refused(self, tier: GuardedTier, name: Name) -> bool:
+        with self._changed:
+            return (tier.name, name) in self._refused
 
     def take_ended(self, wait_seconds: float = 0.0) -> list[tuple[str, Fetched]]:
         """Fetches that ended, by name.
@@ -268,6 +298,8 @@ class Transfers:
 
     def _write(self, segment: SegmentId, tiers: Sequence[GuardedTier]) -> None:
         self.release_written()
+        if not self._is_open:
+            return
         encoded = self._store.get_encoded(segment)
         if encoded is None:
             return
@@ -283,7 +315,9 @@ class Transfers:
             for tier in tiers:
                 if not self._is_closed:
                     name = Name(segment.id.kind, segment.id.key, *self._place)
-                    tier.write(name, segment.objects, Deadline(_WRITE_SECONDS))
+                    if tier.write(name, segment.objects, Deadline(_WRITE_SECONDS)):
+                        with self._changed:
+                            self._refused.pop((tier.name, name), None)
         finally:
             with self._changed:
                 self._written.append(segment)

@@ -95,7 +95,7 @@ def test_ten_thousand_mutated_values_are_refused_or_equal(
         mutated = mutate(rng, objects, list(values.values()))
         try:
             store.check_encoded(
-                SegmentId(key, kind), [memoryview(bytearray(part)) for part in mutated]
+                SegmentId(key, kind), [memoryview(bytearray(part)) for part in mutated], TOKENS
             )
         except RefusedObject as refusal:
             outcomes[refusal.reason] += 1
@@ -111,5 +111,17 @@ def test_ten_thousand_mutated_values_are_refused_or_equal(
 def test_whole_values_pass(values: dict[tuple[str, Kind], list[bytes]]) -> None:
     store = make_store()
     for (key, kind), objects in values.items():
-        store.check_encoded(SegmentId(key, kind), [memoryview(bytearray(part)) for part in objects])
+        parts = [memoryview(bytearray(part)) for part in objects]
+        store.check_encoded(SegmentId(key, kind), parts, TOKENS)
+    store.close()
+
+
+def test_a_whole_value_of_another_size_is_refused(
+    values: dict[tuple[str, Kind], list[bytes]],
+) -> None:
+    store = make_store()
+    for (key, kind), objects in values.items():
+        parts = [memoryview(bytearray(part)) for part in objects]
+        with pytest.raises(RefusedObject, match=f"of {TOKENS} tokens, not {TOKENS + 1}"):
+            store.check_encoded(SegmentId(key, kind), parts, TOKENS + 1)
     store.close()

@@ -72,8 +72,6 @@ def place(angles: Tensor | None, num_slots: int = N) -> PlacedSegment:
     ).bfloat16()
     info = SegmentInfo(SegmentId("key", "kv"), N, None)
     segment = Segment(info, [kv[:1], kv[1:]], lambda _: None)
-        SegmentInfo(SegmentId("key", "kv"), N, None), [kv[:1], kv[1:]], lambda _: None
-    )
     slots = torch.randperm(BLOCKS * BLOCK_SIZE, generator=torch.Generator().manual_seed(1))
     return PlacedSegment(
         segment,

@@ -96,8 +96,14 @@ def put(store: LMCacheSegmentStore, key: str, seed: int = 0) -> torch.Tensor:
     return kv
 
 
-def fetch(moving: Transfers, *keys: str, max_bytes: int = MIB, saved_tokens: int = 8) -> Fetched:
-    moving.fetch(FetchPlan(keys, "kv", max_bytes, saved_tokens))
+def fetch(
+    moving: Transfers,
+    *keys: str,
+    max_bytes: int = MIB,
+    saved_tokens: int = 8,
+    num_tokens: int = TOKENS,
+) -> Fetched:
+    moving.fetch(FetchPlan(keys, "kv", max_bytes, saved_tokens, num_tokens))
     [(name, ended)] = moving.take_ended(wait_seconds=20.0)
     assert name == keys[0]
     return ended
@@ -169,6 +175,55 @@ def test_what_is_not_what_it_says_is_refused(
     assert reading.take_events()[event] == 1
     assert fetch(reading, "a/0").key is None  # it was thrown away
     reading.close()
+
+
+def test_what_was_refused_is_not_asked_for_again_until_it_was_stored_anew(
+    make_store: Callable[..., LMCacheSegmentStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where this server may not remove it."""
+    monkeypatch.setattr(GuardedTier, "remove", lambda *_: 0)
+    first = make_store()
+    put(first, "a/0")
+    writing = transfers(first, disk(tmp_path))
+    writing.write("a/0", "kv")
+    assert writing.flush(20.0)
+
+    moving = transfers(make_store(), disk(tmp_path))
+    assert fetch(moving, "a/0", num_tokens=TOKENS + 1).key is None
+    assert moving.take_events()["disk.read.refused_shape"] == 1
+    assert fetch(moving, "a/0", num_tokens=TOKENS + 1).key is None
+    events = moving.take_events()
+    assert events["disk.read.refused_shape"] == events["disk.read.bytes"] == 0
+
+    store = make_store()
+    put(store, "a/0")
+    own = transfers(store, disk(tmp_path))
+    assert fetch(own, "a/0", num_tokens=TOKENS + 1).key is None
+    own.write("a/0", "kv")
+    assert own.flush(20.0)
+    assert fetch(own, "a/0").key == "a/0"
+    for each in (writing, moving, own):
+        each.close()
+
+
+def test_while_the_weights_are_others_nothing_is_read_or_written(
+    make_store: Callable[..., LMCacheSegmentStore], tmp_path: Path
+) -> None:
+    store = make_store()
+    put(store, "before/0")
+    moving = transfers(store, disk(tmp_path))
+    moving.write("before/0", "kv")
+    assert moving.flush(20.0)
+    moving.set_open(False)
+    put(store, "after/0")
+    moving.write("after/0", "kv")
+    assert moving.flush(20.0)
+    ended = fetch(moving, "before/0")
+    assert (ended.key, ended.no_answer) == (None, "skipped")
+    moving.set_open(True)
+    assert fetch(moving, "after/0").key is None
+    assert fetch(moving, "before/0").key == "before/0"
+    moving.close()
 
 
 def test_serving_never_waits_for_a_tier_and_a_full_queue_drops_the_write(
