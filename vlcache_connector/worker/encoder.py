@@ -10,7 +10,7 @@ import torch
 from vllm.logger import init_logger
 
 from ..protocol import EncoderPlan, EncoderReport
-from ..store import Segment
+from ..store import Segment, SegmentId
 from .storage import Storage
 
 logger = init_logger(__name__)
@@ -44,14 +44,14 @@ class EncoderRows:
         self._storage.follow(plan.generation)
         self._awaited = set(plan.saves.values())
         for key in plan.dropped:
-            self._storage.remove(key, "encoder")
+            self._storage.remove(SegmentId(key, "encoder"))
 
     def load(self, plan: EncoderPlan, encoder_cache: dict[str, torch.Tensor]) -> None:
         """Put the promised rows into vLLM's encoder cache (identifier -> rows [n, width])."""
         for identifier, key in plan.loads.items():
             if identifier in encoder_cache:
                 continue
-            segment = self._storage.get(key, "encoder")
+            segment = self._storage.get(SegmentId(key, "encoder"))
             if segment is None:
                 # vLLM ends the step with "Encoder cache miss" when it needs these rows.
                 logger.error("VLCache: promised encoder rows %s are not there", key[:16])
@@ -63,7 +63,7 @@ class EncoderRows:
 
     def get(self, key: str, num_rows: int) -> Segment | None:
         """Open stored rows, so many of them; the caller has to release them."""
-        segment = self._storage.get(key, "encoder")
+        segment = self._storage.get(SegmentId(key, "encoder"))
         if segment is not None and segment.info.num_tokens != num_rows:
             segment.release()
             return None

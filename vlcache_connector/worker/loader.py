@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 
 from ..attention.metadata import slots_of
 from ..protocol import Item, ReusePlan, Span, StepReport
-from ..store import Segment
+from ..store import Segment, SegmentId
 from ..streams import Ring, Staged, StagedSegment, upload
 from ..support import KVShape
 from .encoder import EncoderRows
@@ -98,7 +98,7 @@ class Loader:
         for entry, reuse in wanted:
             if self._storage.is_on_device(reuse.donor):
                 entry.on_device.add(reuse.item)
-        found = [self._storage.get(reuse.donor, "kv") for _, reuse in wanted]
+        found = [self._storage.get(SegmentId(reuse.donor, "kv")) for _, reuse in wanted]
         usable = all_ranks_have(
             [
                 segment is not None and self._fits(segment, entry.inputs.items[reuse.item])

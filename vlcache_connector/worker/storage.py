@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 
 from ..identity import check_identity, model_fingerprint
 from ..protocol import Fetched, FetchPlan, TierState
-from ..store import Kind, KVWriter, LMCacheSegmentStore, Segment, SegmentStore
+from ..store import KVWriter, LMCacheSegmentStore, Segment, SegmentId, SegmentStore
 from ..streams import Leaving, Side, make_side
 from ..support import config_of, kv_shape
 from ..tiers import open_tiers
@@ -99,31 +99,32 @@ class Storage:
 
     def _take_in(self, *, waits: bool = False) -> None:
         """Hand on what host memory has complete by now."""
-        for key, kind, is_stored in self.host.settle(waits=waits):
+        for segment, is_stored in self.host.settle(waits=waits):
             if not is_stored:
-                self._failed.append(Admission(key, kind, is_stored=False))
+                self._failed.append(Admission(segment, is_stored=False))
             elif self._transfers is not None:
-                self._transfers.write(key, kind)
+                self._transfers.write(segment)
 
-    def get(self, key: str, kind: Kind) -> Segment | None:
+    def get(self, segment: SegmentId) -> Segment | None:
         """Open a segment in device or host memory; the caller has to release it."""
-        if self._device is None or kind != "kv":
-            return self.host.get(key, kind)
-        segment = self._device.get(key)
-        if segment is None:
-            segment = self.host.get(key, kind)
-            if segment is not None:
-                segment = self._device.promote(segment, self._num_layers)
-        return segment
+        if self._device is None or segment.kind != "kv":
+            return self.host.get(segment)
+        found = self._device.get(segment.key)
+        if found is None:
+            found = self.host.get(segment)
+            if found is not None:
+                found = self._device.promote(found, self._num_layers)
+        return found
 
     def is_on_device(self, key: str) -> bool:
         """Whether `get` needs no copy from host memory."""
         return self._device is not None and key in self._device
 
-    def remove(self, key: str, kind: Kind) -> None:
+    def remove(self, segment: SegmentId) -> None:
         """Forget a segment in device and host memory."""
-        self._forget_copy(key)
-        self.host.remove(key, kind)
+        if segment.kind == "kv":
+            self._forget_copy(segment.key)
+        self.host.remove(segment)
 
     def _forget_copy(self, key: str) -> None:
         if self._device is not None:

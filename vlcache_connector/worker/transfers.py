@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from vllm.logger import init_logger
 
 from ..protocol import Fetched, FetchPlan, TierState, worse
-from ..store import EncodedSegment, Kind, RefusedObject, SegmentStore
+from ..store import EncodedSegment, RefusedObject, SegmentId, SegmentStore
 from ..tiers import Deadline, GuardedTier, Name, NoAnswer, TierName
 from .pace import Pace
 
@@ -33,8 +33,7 @@ _TRY_AGAIN_AFTER = 20
 class _Arrival:
     """A segment that was fetched and not yet admitted."""
 
-    key: str
-    kind: Kind
+    id: SegmentId
     tier: TierName
     objects: Sequence[memoryview]
 
@@ -60,8 +59,7 @@ class Admission:
         is_stored: it is in host memory now; there was no room for it otherwise.
     """
 
-    key: str
-    kind: Kind
+    id: SegmentId
     is_stored: bool
 
 
@@ -142,7 +140,7 @@ class Transfers:
         arrival = found if isinstance(found, _Arrival) else None
         ended = Fetched(
             ranks=1,
-            key=arrival.key if arrival else None,
+            key=arrival.id.key if arrival else None,
             tier=found.tier,
             num_bytes=sum(map(len, arrival.objects)) if arrival else 0,
             no_answer=None if isinstance(found, _Arrival) else found.no_answer,
@@ -192,7 +190,7 @@ class Transfers:
                 no_answer = worse(no_answer, objects)
                 continue
             try:
-                self._store.check_encoded(name.key, name.kind, objects, plan.num_tokens)
+                self._store.check_encoded(name.id, objects, plan.num_tokens)
             except RefusedObject as refusal:
                 self._count(f"{tier.name}.read.refused_{refusal.reason}")
                 logger.warning("VLCache: %s segment refused: %s", tier.name, refusal)
@@ -200,7 +198,7 @@ class Transfers:
                 tier.damaged(name, deadline)
                 no_answer = "failed"
                 continue
-            return _Arrival(name.key, name.kind, tier.name, objects)
+            return _Arrival(name.id, tier.name, objects)
         return no_answer
 
     def _is_worth(self, tier: GuardedTier, num_bytes: int, saved_tokens: int) -> bool:
@@ -246,17 +244,17 @@ class Transfers:
         if arrival is None:
             return None
         try:
-            num_bytes = self._store.put_encoded(arrival.key, arrival.kind, arrival.objects)
+            num_bytes = self._store.put_encoded(arrival.id, arrival.objects)
         except Exception:
-            logger.exception("VLCache: fetched segment %s not kept", arrival.key[:16])
+            logger.exception("VLCache: fetched segment %s not kept", arrival.id.key[:16])
             num_bytes = 0
         if num_bytes:
             above = self._tiers[: [tier.name for tier in self._tiers].index(arrival.tier)]
             if above:
-                self._write(arrival.key, arrival.kind, above)
+                self._write(arrival.id, above)
         else:
             self._count("admit.no_room")
-        return Admission(arrival.key, arrival.kind, num_bytes > 0)
+        return Admission(arrival.id, num_bytes > 0)
 
     def discard(self, name: str) -> None:
         """Throw away a fetched segment."""
@@ -294,29 +292,29 @@ class Transfers:
 
     # -- writing ----------------------------------------------------------------------------
 
-    def write(self, key: str, kind: Kind) -> None:
+    def write(self, segment: SegmentId) -> None:
         """Copy a segment of the store to all tiers, some time soon."""
-        self._write(key, kind, self._tiers)
+        self._write(segment, self._tiers)
 
-    def _write(self, key: str, kind: Kind, tiers: Sequence[GuardedTier]) -> None:
+    def _write(self, segment: SegmentId, tiers: Sequence[GuardedTier]) -> None:
         self.release_written()
         if not self._is_open:
             return
-        segment = self._store.get_encoded(key, kind)
-        if segment is None:
+        encoded = self._store.get_encoded(segment)
+        if encoded is None:
             return
-        if self._queued_bytes + segment.num_bytes > self._queue_bytes:
+        if self._queued_bytes + encoded.num_bytes > self._queue_bytes:
             self._count("write.queue_full")
-            segment.release()
+            encoded.release()
             return
-        self._queued_bytes += segment.num_bytes
-        self._writer.submit(self._copy, segment, tiers)
+        self._queued_bytes += encoded.num_bytes
+        self._writer.submit(self._copy, encoded, tiers)
 
     def _copy(self, segment: EncodedSegment, tiers: Sequence[GuardedTier]) -> None:
         try:
             for tier in tiers:
                 if not self._is_closed:
-                    name = Name(segment.kind, segment.key, *self._place)
+                    name = Name(segment.id.kind, segment.id.key, *self._place)
                     if tier.write(name, segment.objects, Deadline(_WRITE_SECONDS)):
                         with self._changed:
                             self._refused.pop((tier.name, name), None)

@@ -25,7 +25,7 @@ from ..protocol import (
     StepReport,
     WorkerState,
 )
-from ..store import KVWriter
+from ..store import KVWriter, SegmentId
 from ..support import KVShape, UnsupportedError
 from .capture import SegmentCapture
 from .encoder import EncoderRows
@@ -114,12 +114,13 @@ class WorkerSide:
         """Before anything runs: forget what is over and take in what is new."""
         self._encoder_rows.begin_step(plan.encoder)
         for key in plan.dropped_segments:
-            self._storage.remove(key, "kv")
+            self._storage.remove(SegmentId(key, "kv"))
         for admission in self._storage.settle(plan.admitted, plan.unwanted):
-            if admission.kind == "encoder":
-                self._encoder_rows.settled(admission.key, is_stored=admission.is_stored)
+            key, kind = admission.id
+            if kind == "encoder":
+                self._encoder_rows.settled(key, is_stored=admission.is_stored)
             elif not admission.is_stored:
-                self._report.lost.add(admission.key)
+                self._report.lost.add(key)
         for fetch in plan.fetches:
             self._storage.fetch(fetch)
         for req_id in (*plan.cancelled, *plan.finished):

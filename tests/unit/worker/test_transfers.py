@@ -12,7 +12,7 @@ import torch
 
 from tests.helpers.stored import put_kv
 from vlcache_connector.protocol import Fetched, FetchPlan, TierState
-from vlcache_connector.store import LMCacheSegmentStore
+from vlcache_connector.store import LMCacheSegmentStore, SegmentId
 from vlcache_connector.tiers import (
     CircuitBreaker,
     Deadline,
@@ -115,7 +115,7 @@ def test_what_one_store_wrote_another_gets_bit_by_bit(
     first = make_store()
     kv = put(first, "a/0")
     writing = transfers(first, disk(tmp_path))
-    writing.write("a/0", "kv")
+    writing.write(SegmentId("a/0", "kv"))
     assert writing.flush(20.0)
     first.check_integrity()  # nothing is held any more
     writing.close()
@@ -124,9 +124,9 @@ def test_what_one_store_wrote_another_gets_bit_by_bit(
     reading = transfers(second, disk(tmp_path))
     ended = fetch(reading, "a/1", "a/0")
     assert (ended.key, ended.tier, ended.ranks) == ("a/0", "disk", 1)
-    assert not second.contains("a/0", "kv")  # nobody has admitted it
+    assert not second.contains(SegmentId("a/0", "kv"))  # nobody has admitted it
     reading.admit("a/1")
-    with second.get("a/0", "kv") as segment:  # type: ignore[union-attr]
+    with second.get(SegmentId("a/0", "kv")) as segment:  # type: ignore[union-attr]
         for layer in range(LAYERS):
             assert torch.equal(segment.layer(layer)[0], kv[layer, 0])
             assert torch.equal(segment.layer(layer)[1], kv[layer, 1])
@@ -150,7 +150,7 @@ def test_what_is_not_what_it_says_is_refused(
     first = make_store()
     put(first, "a/0")
     writing = transfers(first, disk(tmp_path))
-    writing.write("a/0", "kv")
+    writing.write(SegmentId("a/0", "kv"))
     assert writing.flush(20.0)
     writing.close()
     if change == "damage":
@@ -236,12 +236,12 @@ def test_serving_never_waits_for_a_tier_and_a_full_queue_drops_the_write(
     started = time.monotonic()
     for number in range(4):
         put(store, f"{number}/0", number)
-        moving.write(f"{number}/0", "kv")
+        moving.write(SegmentId(f"{number}/0", "kv"))
     assert time.monotonic() - started < 30  # the gate is still closed
     assert not moving.flush(0.1)
     assert moving.take_events()["write.queue_full"] == 2
     # What is being written keeps its memory, also when it is dropped meanwhile.
-    store.remove("0/0", "kv")
+    store.remove(SegmentId("0/0", "kv"))
     SlowDisk.gate.set()
     assert moving.flush(20.0)
     assert moving.take_events()["disk.write.calls"] == 2
@@ -258,7 +258,7 @@ def test_a_segment_found_in_a_slow_tier_moves_to_the_faster_ones(
     store = make_store()
     put(store, "a/0")
     slow = transfers(store, disk(tmp_path / "slow"))
-    slow.write("a/0", "kv")
+    slow.write(SegmentId("a/0", "kv"))
     assert slow.flush(20.0)
     slow.close()
     fast, both = disk(tmp_path / "fast"), make_store()
@@ -283,7 +283,7 @@ def test_a_load_that_takes_longer_than_computing_is_not_made(
     put(store, "a/0")
     pace = Pace(torch.device("cpu"), pinned=1000.0)
     moving = transfers(store, disk(tmp_path, speed=speed), pace=pace)
-    moving.write("a/0", "kv")
+    moving.write(SegmentId("a/0", "kv"))
     assert moving.flush(20.0)
     ended = fetch(moving, "a/0", saved_tokens=8)  # 8 ms of computing
     assert (ended.key == "a/0") == is_loaded
@@ -316,7 +316,7 @@ def test_a_read_that_takes_too_long_is_not_begun_again(
     pace = Pace(torch.device("cpu"), pinned=1000.0)
     guarded = GuardedTier(slow, CircuitBreaker("disk"))
     moving = transfers(store, guarded, pace=pace, read_seconds=0.2)
-    moving.write("a/0", "kv")
+    moving.write(SegmentId("a/0", "kv"))
     assert moving.flush(20.0)
     ended = [fetch(moving, "a/0", saved_tokens=8).no_answer for _ in range(4)]
     assert ended == ["failed", "skipped", "skipped", "skipped"]
