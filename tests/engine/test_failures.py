@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine, EngineError
 from tests.helpers.stored import put_kv
+from vlcache_connector.store import SegmentId
 
 A, B = (71, 224), (72, 336, 224)
 _donors = itertools.count()
@@ -54,7 +55,7 @@ def lose_a_segment(llm: Any) -> None:
     _, worker = sides(llm)
     for key, kind in list(worker._storage.host._resident):
         if kind == "kv":
-            worker._storage.host.remove(key, "kv")
+            worker._storage.host.remove(SegmentId(key, "kv"))
 
 
 def store_another_shape(llm: Any) -> None:
@@ -63,7 +64,7 @@ def store_another_shape(llm: Any) -> None:
     for key, kind in list(worker._storage.host._resident):
         if kind != "kv":
             continue
-        with worker._storage.get(key, "kv") as segment:
+        with worker._storage.get(SegmentId(key, "kv")) as segment:
             layers = [
                 tuple(part[:-1].clone() for part in segment.layer(i))
                 for i in range(len(worker._model.layer_names))

@@ -10,9 +10,10 @@ from vllm.logger import init_logger
 
 from ..attention.metadata import slots_of
 from ..protocol import Item, ReusePlan, Span, StepReport
-from ..store import Segment
+from ..store import Segment, SegmentId
 from ..streams import Ring, Staged, StagedSegment, upload
 from ..support import KVShape
+from .encoder import EncoderRows
 from .injection import Injection, PlacedSegment, ReusedRows, Rows, WriteRows, rotation
 from .model import SparsePrefillModel
 from .ranks import all_ranks_have
@@ -70,6 +71,7 @@ class Loader:
     def __init__(
         self,
         storage: Storage,
+        encoder_rows: EncoderRows,
         model: SparsePrefillModel,
         shape: KVShape,
         device: torch.device,
@@ -77,6 +79,7 @@ class Loader:
     ) -> None:
         self._write = write
         self._storage = storage
+        self._encoder_rows = encoder_rows
         self._model = model
         self._shape = shape
         self._device = device
@@ -95,7 +98,7 @@ class Loader:
         for entry, reuse in wanted:
             if self._storage.is_on_device(reuse.donor):
                 entry.on_device.add(reuse.item)
-        found = [self._storage.get(reuse.donor, "kv") for _, reuse in wanted]
+        found = [self._storage.get(SegmentId(reuse.donor, "kv")) for _, reuse in wanted]
         usable = all_ranks_have(
             [
                 segment is not None and self._fits(segment, entry.inputs.items[reuse.item])
@@ -167,38 +170,28 @@ class Loader:
             and positions.shape == (axes, len(item.span))
         )
 
-    def job(self, entry: LoadedPlan, report: StepReport) -> PrefillJob | None:
+    def job(self, entry: LoadedPlan) -> PrefillJob | None:
         """The sparse prefill of a plan; None when tokens of an item can't be computed either."""
         rows: dict[int, torch.Tensor] = {}
         runs = entry.plan.runs_at(0)
         for item in entry.inputs.items.values():
             if not any(item.span.clip(run.start, run.end) for run in runs):
                 continue
-            stored = self._stored_rows(item)
+            stored = self._encoder_rows.get(item.encoder_key, item.num_embeds)
             everywhere = all_ranks_have([stored is not None])[0]
             if stored is not None and everywhere:
                 entry.encoder_rows.append(stored)
                 rows[item.index] = stored.rows()
             elif item.index in entry.plan.encoder_inputs:
-                rows[item.index] = self._encode(entry.plan, item, report)
+                rows[item.index] = self._encode(entry.plan, item)
             else:
-                report.encoder_lost.add(item.encoder_key)
+                self._encoder_rows.settled(item.encoder_key, is_stored=False)
                 return None
         return PrefillJob(entry.plan, entry.inputs, rows, entry.placed)
 
-    def _stored_rows(self, item: Item) -> Segment | None:
-        segment = self._storage.get(item.encoder_key, "encoder")
-        if segment is not None and segment.info.num_tokens != item.num_embeds:
-            segment.release()
-            return None
-        return segment
-
-    def _encode(self, plan: ReusePlan, item: Item, report: StepReport) -> torch.Tensor:
+    def _encode(self, plan: ReusePlan, item: Item) -> torch.Tensor:
         rows = self._model.encode(*plan.encoder_inputs[item.index])
-        if self._storage.put_encoder(item.encoder_key, rows):
-            report.encoder_stored[item.encoder_key] = 1
-        else:
-            report.encoder_lost.add(item.encoder_key)
+        self._encoder_rows.put(item.encoder_key, rows)
         return rows
 
     def _place(self, entry: LoadedPlan, index: int, segment: Segment) -> PlacedSegment:

@@ -6,24 +6,26 @@ disk and Redis get a copy of everything that is stored, and give it back on dema
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from vllm.platforms import current_platform
 
+from ..identity import check_identity, model_fingerprint
 from ..protocol import Fetched, FetchPlan, TierState
-from ..store import Kind, KVWriter, LMCacheSegmentStore, Segment, SegmentStore
+from ..store import KVWriter, LMCacheSegmentStore, Segment, SegmentId, SegmentStore
 from ..streams import Leaving, Side, make_side
-from ..support import config_of, engine_id, kv_shape, model_fingerprint
+from ..support import config_of, kv_shape
 from ..tiers import open_tiers
 from .device import DeviceSegments
-from .memory import check_memory, host_memory
+from .loaded import holds_what_was_loaded
+from .memory import check_memory, host_memory, taking_turns
 from .pace import Pace
-from .ranks import own_rank
+from .ranks import all_ranks_have, own_rank
 from .transfers import Admission, Transfers
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class Storage:
         transfers: to and from the tiers below host memory, if there are any.
         side: a stream for copies beside the model's own, if there is one.
         leaving: what is read by copies is released through it.
+        is_unchanged: whether the weights are those that were loaded; by its result all ranks go.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Storage:
         transfers: Transfers | None = None,
         side: Side | None = None,
         leaving: Leaving | None = None,
+        is_unchanged: Callable[[], bool] = lambda: True,
     ) -> None:
         self.host = host
         self.side = side
@@ -59,6 +63,21 @@ class Storage:
         self._num_layers = num_layers
         self._device = device
         self._transfers = transfers
+        self._is_unchanged = is_unchanged
+        self._generation = 0
+
+    def follow(self, generation: int) -> None:
+        """The weights may have changed: below host memory is what the loaded ones made.
+
+        Args:
+            generation: of the weights, see `weights.generation`.
+        """
+        if generation == self._generation:
+            return
+        self._generation = generation
+        if self._transfers is not None:
+            [is_same] = all_ranks_have([self._is_unchanged()])
+            self._transfers.set_open(is_same)
 
     def open_kv(self, key: str, positions: Tensor) -> KVWriter | None:
         """Begin to store a KV segment, see `SegmentStore.open_kv`; `keep_kv` ends it."""
@@ -80,31 +99,32 @@ class Storage:
 
     def _take_in(self, *, waits: bool = False) -> None:
         """Hand on what host memory has complete by now."""
-        for key, kind, is_stored in self.host.settle(waits=waits):
+        for segment, is_stored in self.host.settle(waits=waits):
             if not is_stored:
-                self._failed.append(Admission(key, kind, is_stored=False))
+                self._failed.append(Admission(segment, is_stored=False))
             elif self._transfers is not None:
-                self._transfers.write(key, kind)
+                self._transfers.write(segment)
 
-    def get(self, key: str, kind: Kind) -> Segment | None:
+    def get(self, segment: SegmentId) -> Segment | None:
         """Open a segment in device or host memory; the caller has to release it."""
-        if self._device is None or kind != "kv":
-            return self.host.get(key, kind)
-        segment = self._device.get(key)
-        if segment is None:
-            segment = self.host.get(key, kind)
-            if segment is not None:
-                segment = self._device.promote(segment, self._num_layers)
-        return segment
+        if self._device is None or segment.kind != "kv":
+            return self.host.get(segment)
+        found = self._device.get(segment.key)
+        if found is None:
+            found = self.host.get(segment)
+            if found is not None:
+                found = self._device.promote(found, self._num_layers)
+        return found
 
     def is_on_device(self, key: str) -> bool:
         """Whether `get` needs no copy from host memory."""
         return self._device is not None and key in self._device
 
-    def remove(self, key: str, kind: Kind) -> None:
+    def remove(self, segment: SegmentId) -> None:
         """Forget a segment in device and host memory."""
-        self._forget_copy(key)
-        self.host.remove(key, kind)
+        if segment.kind == "kv":
+            self._forget_copy(segment.key)
+        self.host.remove(segment)
 
     def _forget_copy(self, key: str) -> None:
         if self._device is not None:
@@ -158,65 +178,41 @@ class Storage:
         self.host.close()
 
 
-@dataclass(frozen=True)
-class _Opened:
-    storage: Storage
-    pace: Pace
+def open_storage(vllm_config: VllmConfig, pace: Pace) -> Storage:
+    """The tiers that a configuration asks for, of this worker's rank.
 
+    Args:
+        pace: of this worker, which loads are weighed against.
 
-_opened: dict[str, _Opened] = {}
-
-
-def get_storage(vllm_config: VllmConfig) -> Storage:
-    """Where this engine's worker keeps segments, KV half and encoder half; made on first use."""
-    return _open(vllm_config).storage
-
-
-def get_pace(vllm_config: VllmConfig) -> Pace:
-    """How fast this engine's worker computes; loads are weighed against it."""
-    return _open(vllm_config).pace
-
-
-def close_storage(vllm_config: VllmConfig) -> None:
-    """Close the engine's storage; does nothing the second time."""
-    opened = _opened.pop(engine_id(vllm_config), None)
-    if opened is not None:
-        opened.storage.close()
-
-
-def _open(vllm_config: VllmConfig) -> _Opened:
-    name = engine_id(vllm_config)
-    if name not in _opened:
-        _opened[name] = _make(vllm_config)
-    return _opened[name]
-
-
-def _make(vllm_config: VllmConfig) -> _Opened:
+    Raises:
+        ConfigError: there is not as much memory, or a tier can't be used.
+    """
+    check_identity(vllm_config, is_loaded=True)
     config, shape = config_of(vllm_config), kv_shape(vllm_config)
     rank = own_rank()
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     model, fingerprint = vllm_config.model_config.model, model_fingerprint(vllm_config)
     device = torch.device(current_platform.device_type)
-    pace = Pace(device, config.prefill_tokens_per_second)
     tiers = open_tiers(config, fingerprint, model)
     budget = host_memory(config, num_ranks)
-    check_memory(config, budget, device)
     side = make_side(device)
-    host = LMCacheSegmentStore(
-        model_name=model,
-        fingerprint=fingerprint,
-        rank=rank,
-        world_size=num_ranks,
-        budget_bytes=budget,
-        num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        kv_dtype=shape.dtype,
-        # This process wrote or checked the memory itself: a checksum over each read would only
-        # cost time.
-        verify=False,
-        side=side,
-    )
+    with taking_turns():
+        check_memory(config, budget, device)
+        host = LMCacheSegmentStore(
+            model_name=model,
+            fingerprint=fingerprint,
+            rank=rank,
+            world_size=num_ranks,
+            budget_bytes=budget,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            kv_dtype=shape.dtype,
+            # This process wrote or checked the memory itself: a checksum over each read would only
+            # cost time.
+            verify=False,
+            side=side,
+        )
     transfers = None
     if tiers:
         transfers = Transfers(
@@ -232,7 +228,12 @@ def _make(vllm_config: VllmConfig) -> _Opened:
     copies = None
     if config.device_bytes:
         copies = DeviceSegments(config.device_bytes, device, side, leaving)
-    storage = Storage(
-        host, shape.num_layers, device=copies, transfers=transfers, side=side, leaving=leaving
+    return Storage(
+        host,
+        shape.num_layers,
+        device=copies,
+        transfers=transfers,
+        side=side,
+        leaving=leaving,
+        is_unchanged=functools.partial(holds_what_was_loaded, vllm_config),
     )
-    return _Opened(storage, pace)

@@ -25,9 +25,10 @@ from ..protocol import (
     StepReport,
     WorkerState,
 )
-from ..store import KVWriter
+from ..store import KVWriter, SegmentId
 from ..support import KVShape, UnsupportedError
 from .capture import SegmentCapture
+from .encoder import EncoderRows
 from .fused_write import choose_write
 from .injection import Injection
 from .loader import LoadedPlan, Loader
@@ -53,6 +54,7 @@ class WorkerSide:
         model: the loaded model.
         shape: of one token's KV on this rank.
         storage: this rank's segments.
+        encoder_rows: those that are encoder rows.
         rank: this one, of the tensor-parallel ones.
         pace: told how long vLLM's own forwards take.
         device: of the model.
@@ -66,6 +68,7 @@ class WorkerSide:
         model: SparsePrefillModel,
         shape: KVShape,
         storage: Storage,
+        encoder_rows: EncoderRows,
         *,
         rank: int,
         pace: Pace,
@@ -82,11 +85,12 @@ class WorkerSide:
         self._model = model
         self._shape = shape
         self._storage = storage
+        self._encoder_rows = encoder_rows
         self._rank = rank
         self._pace = pace
         self._device = device
         write = choose_write(model.layers.values(), model.rotary, shape.dtype, device)
-        self._loader = Loader(storage, model, shape, device, write)
+        self._loader = Loader(storage, encoder_rows, model, shape, device, write)
         self._capture = SegmentCapture(
             model.layer_names, shape, device, self._open_segment, storage.side
         )
@@ -108,17 +112,15 @@ class WorkerSide:
 
     def begin_step(self, plan: StepPlan) -> None:
         """Before anything runs: forget what is over and take in what is new."""
+        self._encoder_rows.begin_step(plan.encoder)
         for key in plan.dropped_segments:
-            self._storage.remove(key, "kv")
-        for key in plan.dropped_encoder:
-            self._storage.remove(key, "encoder")
+            self._storage.remove(SegmentId(key, "kv"))
         for admission in self._storage.settle(plan.admitted, plan.unwanted):
-            if admission.kind == "encoder" and admission.is_stored:
-                self._report.encoder_stored[admission.key] = 1
-            elif admission.kind == "encoder":
-                self._report.encoder_lost.add(admission.key)
+            key, kind = admission.id
+            if kind == "encoder":
+                self._encoder_rows.settled(key, is_stored=admission.is_stored)
             elif not admission.is_stored:
-                self._report.lost.add(admission.key)
+                self._report.lost.add(key)
         for fetch in plan.fetches:
             self._storage.fetch(fetch)
         for req_id in (*plan.cancelled, *plan.finished):
@@ -198,7 +200,7 @@ class WorkerSide:
     def _fill(self, loaded: Sequence[LoadedPlan], fetch_seconds: float) -> None:
         filled, jobs = [], []
         for entry in loaded:
-            job = self._loader.job(entry, self._report)
+            job = self._loader.job(entry)
             if job is None:
                 self._give_up(entry.plan)
             else:
@@ -236,7 +238,7 @@ class WorkerSide:
                 inputs = {context.req_id: self._inputs_of(context)}
                 [loaded] = self._loader.fetch([plan], inputs, self._report)
                 try:
-                    job = self._loader.job(loaded, self._report)
+                    job = self._loader.job(loaded)
                     if job is None:
                         raise RuntimeError("the image's encoder rows are gone")
                     self._prefill.run([job], Injection(self._shape.num_layers))
@@ -323,6 +325,7 @@ class WorkerSide:
         report, self._report = self._report, StepReport()
         report.fetched = dict(self._storage.take_fetched(_IDLE_SECONDS if is_idle else 0.0))
         report.events |= self._storage.take_events()
+        report.encoder = self._encoder_rows.take_report()
         if report.is_empty():
             return None
         state = WorkerState(self._pace.tokens_per_second, self._storage.tier_states())

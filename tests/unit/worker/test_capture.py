@@ -24,10 +24,11 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from tests.helpers.unordered_device import Device
 from vlcache_connector.attention import hook
 from vlcache_connector.protocol import CapturePlan, Item, RequestContext, Span, StepPlan
-from vlcache_connector.store import LMCacheSegmentStore
+from vlcache_connector.store import LMCacheSegmentStore, SegmentId
 from vlcache_connector.streams import Side
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker.capture import SegmentCapture
+from vlcache_connector.worker.encoder import EncoderRows
 from vlcache_connector.worker.pace import Pace
 from vlcache_connector.worker.storage import Storage
 from vlcache_connector.worker.worker import WorkerSide
@@ -85,7 +86,7 @@ def stored(
     store = store_of(shape)
     if not captured.writer.finish(captured.valid):
         return None
-    with store.get(f"{name}/{item}", "kv") as segment:
+    with store.get(SegmentId(f"{name}/{item}", "kv")) as segment:
         return [torch.stack(segment.layer(layer)) for layer in range(shape.num_layers)]
 
 
@@ -322,6 +323,23 @@ def test_writes_that_nobody_expects_are_ignored() -> None:
     assert len(capture) == 0
 
 
+def test_writes_that_pass_unseen_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """As those that a CUDA graph replays, or a fused kernel does."""
+    capture = make_capture()
+    with caplog.at_level("WARNING", logger="vlcache_connector.worker.capture"):
+        for item in range(2):
+            expect(capture, "unseen", item, num_tokens=2, offset=0, slots=torch.tensor([0, 1]))
+            capture.end_pass()
+            assert capture.finish("unseen", item) is None
+        written = Pass()
+        expect(capture, "1", 0, num_tokens=2, offset=0, slots=torch.tensor([0, 1]))
+        written.add(1, Span(3, 5), [0, 1])
+        written.write(capture)
+    [record] = caplog.records
+    assert "not stored" in record.getMessage()
+    assert_captured(capture, 1, 0, Span(3, 5))
+
+
 def test_writes_of_other_layers_are_ignored() -> None:
     capture, written = make_capture(), Pass()
     expect(capture, "1", 0, num_tokens=2, offset=0, slots=torch.tensor([0, 1]))
@@ -442,7 +460,7 @@ def test_rows_leave_on_the_side_stream(seed: int) -> None:
         captured = capture.finish("1", 0)
         assert captured is not None
         assert captured.writer.finish(captured.valid) > 0
-        with store.get("1/0", "kv") as segment:
+        with store.get(SegmentId("1/0", "kv")) as segment:
             for layer in range(len(LAYERS)):
                 found = torch.stack(segment.layer(layer))
                 assert torch.equal(found, values_of(layer, [(1, token) for token in range(4)]))
@@ -486,10 +504,12 @@ def worker(tiny_model: Callable[..., Path], store: LMCacheSegmentStore) -> Itera
         positions=lambda token_ids, features: torch.arange(len(token_ids))[None],
     )
     group = KVCacheGroupSpec(LAYERS, layers[LAYERS[0]].get_kv_cache_spec(config))
+    storage = Storage(store, shape.num_layers)
     side = WorkerSide(
         model,
         shape,
-        Storage(store, shape.num_layers),
+        storage,
+        EncoderRows(storage, torch.device("cpu")),
         rank=0,
         pace=Pace(torch.device("cpu")),
         vllm_config=config,
@@ -526,4 +546,4 @@ def test_a_segment_is_stored_only_if_all_its_chunks_were_captured(
         report = worker.take_report(is_idle=False)
         stored += 0 if report is None else report.stored.get("key", 0)
     assert stored == (failing is None)
-    assert store.contains("key", "kv") == (failing is None)
+    assert store.contains(SegmentId("key", "kv")) == (failing is None)

@@ -24,7 +24,7 @@ from vlcache_connector.attention.hook import KVWriteHook
 from vlcache_connector.attention.metadata import Row, slots_of
 from vlcache_connector.protocol import Blend, Item, ItemReuse, ReusePlan, Span, Stage
 from vlcache_connector.rope import RotarySpec
-from vlcache_connector.store import KVWriter
+from vlcache_connector.store import KVWriter, SegmentId
 from vlcache_connector.store.base import Segment, SegmentInfo
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker import blend as blend_module
@@ -101,7 +101,7 @@ def jobs_of(draw: st.DrawFn, number: int, may_blend: bool) -> PrefillJob:
         position = end
     claim = Span(start, max(position, start + 1) + draw(st.integers(0, 2)))
     blocks = tuple(range(100 * number, 100 * number + -(-claim.end // BLOCK)))[::-1]
-    plan = ReusePlan(f"request {number}", claim, tuple(reused), captures, blocks)
+    plan = ReusePlan(claim, tuple(reused), f"request {number}", blocks, captures)
     return make_job(number, plan, items)
 
 
@@ -123,7 +123,7 @@ def place(plan: ReusePlan, item: Item) -> PlacedSegment:
     kv = torch.randn(NUM_LAYERS, 2, n, HEADS, DIM, generator=generator)
     span = Span(item.span.start, min(item.span.end, plan.claim.end))
     slots = torch.from_numpy(slots_of(span, plan.block_ids, BLOCK))
-    made = Segment(SegmentInfo(item.key, "kv", n, None), [kv], lambda _: None)
+    made = Segment(SegmentInfo(SegmentId(item.key, "kv"), n, None), [kv], lambda _: None)
     return PlacedSegment(made, SPEC, slots, None)
 
 
@@ -484,7 +484,7 @@ def example(
 ) -> PrefillJob:
     """A request of `end` tokens; its reused items are exactly their spans."""
     items = [Item(r.item, r.span, r.item, "kv", "rows") for r in reuse]
-    return make_job(0, ReusePlan("request", Span(0, end), reuse, {}, block_ids), items)
+    return make_job(0, ReusePlan(Span(0, end), reuse, "request", block_ids), items)
 
 
 LAYERED = ItemReuse(
@@ -600,7 +600,7 @@ def test_keys_of_layers_that_are_not_checked_are_not_kept() -> None:
 def test_encoder_rows_follow_the_mask_of_their_item() -> None:
     mask = (True, False, True, True, False, True)
     item = Item(0, Span(1, 7), 0, "kv", "rows", is_embed=mask)
-    job = make_job(0, ReusePlan("request", Span(0, 8), (), {}, (0, 1)), [item])
+    job = make_job(0, ReusePlan(Span(0, 8), (), "request", (0, 1)), [item])
     engine = Engine(max_tokens=3)
     engine.run([job])
     rows = [[part.flatten().tolist() for part in f.encoder_rows] for f in engine.forwards]
@@ -614,7 +614,7 @@ def test_encoder_rows_follow_the_mask_of_their_item() -> None:
 
 def test_a_part_of_an_item_without_any_row_adds_none() -> None:
     item = Item(0, Span(0, 4), 0, "kv", "rows", is_embed=(False, False, True, True))
-    job = make_job(0, ReusePlan("request", Span(0, 4), (), {}, (0,)), [item])
+    job = make_job(0, ReusePlan(Span(0, 4), (), "request", (0,)), [item])
     engine = Engine(max_tokens=2)
     engine.run([job])
     assert [len(forward.encoder_rows) for forward in engine.forwards] == [0, 1]
