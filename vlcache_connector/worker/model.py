@@ -127,7 +127,7 @@ class SparsePrefillModel:
             stretches: at least one; each is asked for when the one before has run. Layers behind
                 the last one are left out.
         """
-        with self._own_deepstack_buffers():
+        with self._nested_pass():
             embeds = self._model.embed_input_ids(
                 upload(token_ids, self._device),
                 multimodal_embeddings=[
@@ -195,21 +195,26 @@ class SparsePrefillModel:
         return taken
 
     @contextmanager
-    def _own_deepstack_buffers(self) -> Iterator[None]:
-        """Put aside what the main batch left in Qwen3-VL's deepstack buffers.
+    def _nested_pass(self) -> Iterator[None]:
+        """Put aside what vLLM has set on the model for its own batch; back on every way out.
 
-        vLLM fills them when it prepares the main batch, before the sparse prefill runs.
+        It prepares that batch before the sparse prefill runs: Qwen3-VL's deepstack buffers hold
+        the batch's image features by then, or nothing but zeros.
         """
-        in_use = getattr(self._model, "deepstack_input_embeds_num_tokens", 0)
-        if not in_use:
-            yield
-            return
-        saved = [buffer[:in_use].clone() for buffer in self._model.deepstack_input_embeds]
-        self._model._clear_deepstack_input_embeds(in_use)
+        model = self._model
+        in_use = getattr(model, "deepstack_input_embeds_num_tokens", 0)
+        saved = [rows[:in_use].clone() for rows in model.deepstack_input_embeds] if in_use else []
         try:
+            if in_use:
+                model._clear_deepstack_input_embeds(in_use)
             yield
         finally:
-            self._model._set_deepstack_input_embeds(torch.stack(saved))
+            # A pass that failed has left its own features there.
+            left = getattr(model, "deepstack_input_embeds_num_tokens", 0)
+            if left:
+                model._clear_deepstack_input_embeds(left)
+            if saved:
+                model._set_deepstack_input_embeds(torch.stack(saved))
 
 
 def _number_behind(name: str) -> int:
