@@ -396,6 +396,21 @@ SEAMS: tuple[Seam, ...] = (
         ),
         in_source=True,
     ),
+    Seam(
+        "vllm.lora.model_manager:LoRAModelManager",
+        "worker/model.py",
+        fields=("lora_manager", "lora_index_to_id", "_last_mapping"),
+        in_source=True,
+    ),
+    Seam(
+        "vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping",
+        "worker/model.py",
+        ("mapping",),
+        in_source=True,
+    ),
+    _takes(
+        "vllm.lora.layers:LoRAMapping", "worker/model.py", "index_mapping prompt_mapping is_prefill"
+    ),
     *_is_there(
         "worker/rotary.py",
         f"{_ROTARY}:DynamicNTKAlphaRotaryEmbedding",
