@@ -204,8 +204,8 @@ class SchedulerSide:
             block_ids=block_ids[:last_block],
             captures={} if self._captures is None else self._captures.in_claim(tracked, plan),
         )
-        for index in plan.encoder_inputs:
-            item = tracked.item(index)
+        for item in self._items_in_runs(tracked, plan):
+            # Does nothing where the rows are stored, and so will not be computed.
             self._encoder_rows.reserve(item.encoder_key, self._encoder_bytes(item))
         if request.prefill_stats is not None and request.num_preemptions == 0:
             # What the sparse prefill computes is not cached; vLLM counts all of the claim as such.
@@ -310,14 +310,16 @@ class SchedulerSide:
         if plan is None:
             return None
         encoder_inputs = {}
+        for item in tracked.items:
+            if item.span.clip(plan.claim.start, plan.claim.end):
+                feature = request.mm_features[item.index]
+                if feature.data is None:
+                    # What turns out to be missing on a worker could not be computed there.
+                    return None
+                encoder_inputs[item.index] = (feature.modality, feature.data)
         for item in self._items_in_runs(tracked, plan):
             if self._encoder_rows.is_ready(item.encoder_key):
                 self._encoder_rows.promise(item.encoder_key)
-                continue
-            feature = request.mm_features[item.index]
-            if feature.data is None:
-                return None
-            encoder_inputs[item.index] = (feature.modality, feature.data)
         for reuse in plan.reused:
             self._segments.promise(reuse.donor)
         return replace(plan, encoder_inputs=encoder_inputs)
