@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# Installs what is missing, checks the style, runs the tests. Arguments go to pytest.
+# Installs what is missing, checks the style, runs the tests in two processes.
+#
+#   scripts/test.sh            everything
+#   scripts/test.sh fast       unit tests, and exactness on one real engine
+#   scripts/test.sh ARGUMENTS  what pytest is told to run (tests/README.md)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,8 +20,14 @@ unset PYTHONDONTWRITEBYTECODE
 # Without a GPU, Triton kernels run in Triton's interpreter.
 if [ "$device" = cpu ]; then export TRITON_INTERPRET=1; fi
 
+if [ "${1:-}" = fast ]; then
+    shift
+    set -- -m "unit or fast" "$@"
+fi
+
 status=0
 .venv/bin/ruff check || status=$?
 .venv/bin/ruff format --check || status=$?
-.venv/bin/python -m pytest "$@" || status=$?
+.venv/bin/python -m pytest -n 2 "$@" || status=$?
+printf 'scripts/test.sh took %d min %d s\n' $((SECONDS / 60)) $((SECONDS % 60))
 exit "$status"

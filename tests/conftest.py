@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from local_redis import LocalRedis, find_server
 from make_tiny_model import make_tiny_model
@@ -24,10 +25,25 @@ ENGINES = 6
 """How many engines, of about 1.1 GB each, stay alive."""
 
 
+# On a busy machine any example may take long.
+hypothesis.settings.register_profile("vlcache", deadline=None)
+hypothesis.settings.load_profile("vlcache")
+
+FOLDERS = ("server", "scripts", "engine", "unit")
+"""In the order in which they run: what takes longest first, so that processes end together."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test by the folder that it is in."""
+    """Mark every test by its folder, and with what it has to share a process.
+
+    That is its file, unless it uses the server that several files share.
+    """
     for item in items:
-        item.add_marker(item.path.relative_to(ROOT / "tests").parts[0])
+        path = item.path.relative_to(ROOT / "tests")
+        item.add_marker(path.parts[0])
+        shares_server = "cpu_server" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("cpu_server" if shares_server else str(path)))
+    items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(ROOT / "tests").parts[0]))
 
 
 @pytest.fixture(scope="session")

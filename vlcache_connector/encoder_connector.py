@@ -54,6 +54,14 @@ class VLCacheEncoderConnector(ECConnectorBase):
                 lambda: get_storage(vllm_config), torch.device(current_platform.device_type)
             )
 
+    @property
+    def is_producer(self) -> bool:
+        """Whether new rows are stored: beside the KV half, its `kv_role` decides."""
+        kv = self._vllm_config.kv_transfer_config
+        if kv is not None and kv.kv_connector == "VLCacheConnector":
+            return bool(kv.is_kv_producer)
+        return super().is_producer
+
     def shutdown(self) -> None:
         """Give back memory and threads."""
         if self._worker is not None:

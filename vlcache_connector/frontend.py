@@ -21,7 +21,7 @@ from typing import Any
 from vllm.config import ECTransferConfig, VllmConfig
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from .support import encoder_role, inert_reason
+from .support import inert_reason
 
 _CLIENT_CHOSEN = "client-chosen:"
 """No content hash begins like this."""
@@ -87,7 +87,9 @@ def _turn_on_encoder_half(config: VllmConfig) -> None:
         return
     config.ec_transfer_config = ECTransferConfig(
         ec_connector="VLCacheEncoderConnector",
-        ec_role=encoder_role(kv),
+        # For a producer vLLM encodes an image of the largest size at every start, to learn a width
+        # that this connector does not use; whether rows are stored is up to `kv_role`.
+        ec_role="ec_consumer",
         engine_id=kv.engine_id,
     )
 

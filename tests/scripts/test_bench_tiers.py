@@ -158,7 +158,7 @@ def test_a_link_is_as_slow_for_all_connections_together() -> None:
                 client.close()
             seconds = time.monotonic() - started
     assert received == [200_000, 200_000]
-    assert 0.35 < seconds < 2.0
+    assert 0.35 < seconds < 20
 
 
 def test_bandwidth(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import bench_workload as bench
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -33,7 +33,6 @@ scales = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(scale=scales)
 def test_no_image_is_twice_at_the_same_place(scale: dict[str, Any]) -> None:
     elsewhere: set[int] = set()
@@ -48,7 +47,6 @@ def test_no_image_is_twice_at_the_same_place(scale: dict[str, Any]) -> None:
         elsewhere |= mine
 
 
-@settings(deadline=None)
 @given(scale=scales)
 def test_repeats(scale: dict[str, Any]) -> None:
     made = bench.Scale(**scale)

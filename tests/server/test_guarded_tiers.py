@@ -48,8 +48,8 @@ def test_over_a_real_tier(
     assert guarded.write(NAME, [data, b"x"], soon())
     assert guarded.sizes([NAME], soon()) == [len(data) + 1]
     assert guarded.read(NAME, 2 << 20, soon()) == [data, b"x"]
-    assert 0 < (guarded.estimate_read_seconds(1 << 20) or 0) < 5
-    assert 0 < (guarded.estimate_write_seconds(1 << 20) or 0) < 5
+    assert 0 < (guarded.estimate_read_seconds(1 << 20) or 0) < 60
+    assert 0 < (guarded.estimate_write_seconds(1 << 20) or 0) < 60
     guarded.damaged(NAME, soon())
     assert guarded.read(NAME, 2 << 20, soon()) is None
     guarded.write(NAME, [data], soon())

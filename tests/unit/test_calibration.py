@@ -219,7 +219,7 @@ def calibrations(draw: st.DrawFn) -> Calibration:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(written=calibrations())
 def test_what_was_saved_is_loaded(
     written: Calibration, tmp_path_factory: pytest.TempPathFactory

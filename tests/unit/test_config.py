@@ -223,7 +223,7 @@ def test_byte_sizes_take_strings_with_units(key: str, text: str, expected: int) 
     assert type(value) is int
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     number=st.integers(1, 1 << 20),
     unit=st.sampled_from([("", 1), ("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GB", 10**9)]),
@@ -234,7 +234,7 @@ def test_byte_strings_are_number_times_unit(number: int, unit: tuple[str, int], 
     assert config.cpu_bytes == number * unit[1]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     extra=st.dictionaries(
         st.sampled_from([*VLCacheConfig.model_fields, "other"]) | st.text(max_size=5),

@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 from vllm.config import VllmConfig
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
+from vllm.distributed.ec_transfer.ec_connector.encoder_output_width import (
+    measure_encoder_output_widths,
+)
+from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
 from vllm.engine.arg_utils import EngineArgs
 
 from vlcache_connector import register
@@ -26,19 +31,24 @@ def multimodal_config(model: Path, **arguments: Any) -> Any:
     return engine_config(model, **arguments).model_config.multimodal_config
 
 
-@pytest.mark.parametrize(
-    ("kv_role", "ec_role"),
-    [("kv_both", "ec_both"), ("kv_producer", "ec_both"), ("kv_consumer", "ec_consumer")],
-)
+@pytest.mark.parametrize("kv_role", ["kv_both", "kv_producer", "kv_consumer"])
 def test_the_kv_half_turns_on_the_encoder_half(
-    tiny_model: Callable[..., Path], kv_role: str, ec_role: str
+    tiny_model: Callable[..., Path], kv_role: str
 ) -> None:
     config = engine_config(tiny_model(), kv_transfer_config=VLCACHE | {"kv_role": kv_role})
     kv, ec = config.kv_transfer_config, config.ec_transfer_config
     assert kv is not None
     assert ec is not None
-    assert (ec.ec_connector, ec.ec_role) == ("VLCacheEncoderConnector", ec_role)
+    assert ec.ec_connector == "VLCacheEncoderConnector"
     assert ec.engine_id == kv.engine_id
+    connector = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
+    assert connector.is_consumer
+    assert connector.is_producer == (kv_role != "kv_consumer")
+
+
+def test_vllm_encodes_nothing_at_the_start(tiny_model: Callable[..., Path]) -> None:
+    config = engine_config(tiny_model(), kv_transfer_config=VLCACHE)
+    measure_encoder_output_widths(config, lambda *_: pytest.fail("an item is encoded"))
 
 
 @pytest.mark.parametrize(

@@ -56,13 +56,13 @@ encoder_names = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(a=kv_names | encoder_names, b=kv_names | encoder_names)
 def test_keys_are_equal_exactly_when_all_they_are_made_from_is(a: Named, b: Named) -> None:
     assert (a.key == b.key) == (a == b)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(name=kv_names, other=words)
 def test_a_change_of_any_single_part_changes_the_key(name: Named, other: str) -> None:
     changed = {
@@ -129,7 +129,7 @@ def test_the_type_of_a_part_matters(other: object) -> None:
     assert digest({"a": 1}) != digest({"a": other})
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(name=kv_names, other=kv_names, ordinals=st.tuples(st.integers(0, 40), st.integers(0, 40)))
 def test_variants_are_equal_exactly_when_item_and_variant_are(
     name: Named, other: Named, ordinals: tuple[int, int]
@@ -140,7 +140,7 @@ def test_variants_are_equal_exactly_when_item_and_variant_are(
     assert variant_key(name.key, first) != name.key
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(item=words | st.just("a/b"), variant=words.filter(lambda word: "/" not in word))
 def test_a_variant_key_can_be_taken_apart(item: str, variant: str) -> None:
     assert split_variant(variant_key(item, variant)) == (item, variant)

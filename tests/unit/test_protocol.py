@@ -25,7 +25,7 @@ from vlcache_connector.protocol import (
     uncovered,
 )
 
-property_test = settings(deadline=None, max_examples=40)
+property_test = settings(max_examples=40)
 keys = st.sampled_from(["a", "b", "c", "d"])
 counts = st.integers(0, 1000)
 seconds = st.floats(0, 10)

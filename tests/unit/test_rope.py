@@ -88,7 +88,7 @@ steps = st.integers(-MAX_SHIFT, MAX_SHIFT)
 triples = st.tuples(steps, steps, steps)
 places = st.integers(0, MAX_SHIFT)
 moves = st.tuples(st.tuples(places, places, places), st.tuples(places, places, places))
-property_test = settings(max_examples=12, deadline=None)
+property_test = settings(max_examples=12)
 
 
 @layouts

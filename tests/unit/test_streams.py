@@ -82,7 +82,7 @@ loads = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 1 << 30), loads=loads, ring_rows=st.integers(1, 200))
 def test_every_layer_is_read_as_it_is_stored(
     seed: int, loads: list[tuple[list[int], int]], ring_rows: int
@@ -279,7 +279,7 @@ def send_all(
     return sent
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 1 << 30),
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=20),

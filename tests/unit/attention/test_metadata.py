@@ -41,7 +41,7 @@ def naive_slots(span: Span, block_ids: Sequence[int], block_size: int) -> list[i
     return slots
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     block_size=st.sampled_from([1, 2, 16, 32, 48]),
     block_ids=st.lists(st.integers(0, 1 << 20), min_size=1, max_size=8, unique=True),

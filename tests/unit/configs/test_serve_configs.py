@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from tests.helpers.deployment import CONFIGS, parse_command
 from vlcache_connector.config import VLCacheConfig
-from vlcache_connector.support import config_of, encoder_role, inert_reason
+from vlcache_connector.support import config_of, inert_reason
 
 NAMES = ("gpu", "cpu", "redis", "consumer")
 
@@ -35,7 +35,7 @@ def test_vllm_and_vlcache_take_it(name: str, tiny_model: Callable[..., Path]) ->
     assert (config.redis_url is not None) == (name in ("redis", "consumer"))
     # The KV half's flag turned it on.
     assert ec is not None
-    assert (ec.ec_connector, ec.ec_role) == ("VLCacheEncoderConnector", encoder_role(kv))
+    assert (ec.ec_connector, ec.ec_role) == ("VLCacheEncoderConnector", "ec_consumer")
 
 
 @pytest.mark.parametrize("name", NAMES)

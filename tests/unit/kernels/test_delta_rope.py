@@ -177,7 +177,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_every_row_is_in_its_slot_and_nothing_else_has_changed(case: Case) -> None:
     key, value = case.run()

@@ -41,7 +41,7 @@ def surfaces(draw: st.DrawFn) -> Surface:
     return Surface(depths, ranks, np.array(rows))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(surfaces(), st.floats(0, 1))
 def test_schedules_never_rise_and_spend_the_budget(surface: Surface, budget: float) -> None:
     layers = allocate(surface, budget)

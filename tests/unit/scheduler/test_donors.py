@@ -329,4 +329,4 @@ class Variants(RuleBasedStateMachine):
 
 
 TestVariants = Variants.TestCase
-TestVariants.settings = settings(deadline=None, max_examples=40, stateful_step_count=30)
+TestVariants.settings = settings(max_examples=40, stateful_step_count=30)

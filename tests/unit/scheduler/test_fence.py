@@ -161,7 +161,7 @@ def test_output_tokens_are_chained_behind_the_fence() -> None:
     assert not set(request.block_hashes[4:]) & set(exact_hashes(PROMPT + outputs))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     num_tokens=st.integers(1, 30),
     fences=st.lists(st.integers(0, 29), min_size=1, max_size=3),

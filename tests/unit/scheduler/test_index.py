@@ -352,4 +352,4 @@ class Residency(RuleBasedStateMachine):
 
 
 TestResidency = Residency.TestCase
-TestResidency.settings = settings(deadline=None, max_examples=40, stateful_step_count=30)
+TestResidency.settings = settings(max_examples=40, stateful_step_count=30)

@@ -158,7 +158,7 @@ def prompts(draw: st.DrawFn) -> Prompt:
 
 
 plannable = prompts().filter(lambda prompt: prompt.plan() is not None)
-property_test = settings(deadline=None, max_examples=60)
+property_test = settings(max_examples=60)
 
 
 def tokens(*parts: Span) -> list[int]:

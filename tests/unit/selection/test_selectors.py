@@ -38,7 +38,7 @@ SCHEDULES = [
 ]
 SELECTORS = make_selectors(NUM_LAYERS, SCHEDULES)
 
-property_test = settings(deadline=None, max_examples=60)
+property_test = settings(max_examples=60)
 lengths = st.integers(1, 20_000)
 # Ratios as people write them: up to four decimals.
 percentages = st.integers(0, 10_000)

@@ -119,7 +119,7 @@ def test_every_flipped_bit_of_the_header_and_of_some_payload_is_refused() -> Non
     decoded(buffer)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_any_changed_byte_is_refused(data: st.DataObject) -> None:
     buffer = GOOD.clone()
@@ -127,7 +127,7 @@ def test_any_changed_byte_is_refused(data: st.DataObject) -> None:
     assert refusal(buffer) in codec.REFUSAL_REASONS
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_without_verification_a_changed_byte_never_breaks_the_reader(data: st.DataObject) -> None:
     buffer = GOOD.clone()
@@ -140,7 +140,7 @@ def test_without_verification_a_changed_byte_never_breaks_the_reader(data: st.Da
     assert header.key == "content-key"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_truncated_or_longer_object_is_refused(data: st.DataObject) -> None:
     buffer = GOOD.clone()
@@ -149,7 +149,7 @@ def test_a_truncated_or_longer_object_is_refused(data: st.DataObject) -> None:
     assert refusal(longer) == "shape"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(content=st.binary(max_size=300))
 def test_arbitrary_bytes_are_refused(content: bytes) -> None:
     for data in (content, struct.pack("<4sI", b"VLCS", len(content)) + content + bytes(64)):
@@ -158,7 +158,7 @@ def test_arbitrary_bytes_are_refused(content: bytes) -> None:
             assert refusal(buffer) == "format"
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(name=st.text(max_size=20))
 def test_foreign_key_and_fingerprint_are_refused(name: str) -> None:
     buffer = GOOD.clone()

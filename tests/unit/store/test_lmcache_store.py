@@ -177,7 +177,7 @@ def test_a_failed_allocation_does_not_wait(make_store: MakeStore) -> None:
     put(store, "image", 500)
     start = time.monotonic()
     assert put(store, "too large", 5000) == 0
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 15  # by default it would wait for ever
 
 
 def test_smaller_objects_go_where_large_ones_do_not_fit(make_store: MakeStore) -> None:

@@ -23,7 +23,7 @@ def squared(fresh: Tensor, donor: Tensor) -> list[float]:
     ]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 1000), n=st.integers(1, 40), part=st.floats(0, 1))
 def test_the_farthest_tokens_are_chosen(seed: int, n: int, part: float) -> None:
     fresh, donor = random_keys(seed, n)

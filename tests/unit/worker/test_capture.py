@@ -176,7 +176,7 @@ def schedules(draw: st.DrawFn) -> tuple[dict[tuple[int, int], Span], list[Step],
     return items, steps, draw(st.randoms(use_true_random=False))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(schedule=schedules())
 def test_rows_scattered_over_passes_and_requests_come_together(
     schedule: tuple[dict[tuple[int, int], Span], list[Step], random.Random],
@@ -254,7 +254,7 @@ def test_keys_that_are_views_with_gaps_are_captured() -> None:
     assert_captured(capture, 1, 0, Span(0, 2))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     span=st.integers(1, 8).map(lambda n: Span(40, 40 + n)),
     others=st.lists(st.integers(0, 6), min_size=len(LAYERS), max_size=len(LAYERS)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -113,7 +113,6 @@ def test_a_claim_that_ends_inside_the_segment(angles: Tensor | None) -> None:
     assert_same(place(angles, num_slots=7), torch.tensor([1, 4, 6]))
 
 
-@settings(deadline=None)
 @given(rows=st.lists(st.integers(0, N - 1), unique=True))
 def test_a_window_holds_its_rows_and_no_other(rows: list[int]) -> None:
     placed = place(None)

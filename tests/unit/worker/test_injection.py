@@ -135,7 +135,7 @@ def test_all_rows_are_the_donors_keys_rotated_and_its_values_as_they_are(
 
 
 @all_angles
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(start=st.integers(0, N), length=st.integers(0, N), layer=st.integers(0, NUM_LAYERS - 1))
 def test_slices_and_index_tensors_of_the_same_rows_give_the_same_kv(
     angles: Callable[[], Tensor | None], start: int, length: int, layer: int
@@ -147,7 +147,7 @@ def test_slices_and_index_tensors_of_the_same_rows_give_the_same_kv(
 
 
 @all_angles
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(rows=st.lists(st.integers(0, N - 1), unique=True), layer=st.integers(0, NUM_LAYERS - 1))
 def test_the_rotation_of_some_rows_is_some_rows_of_the_rotation(
     angles: Callable[[], Tensor | None], rows: list[int], layer: int
@@ -200,7 +200,7 @@ def test_a_layer_is_written_once_however_often_it_is_asked_for() -> None:
     assert all(len(layer.kv_cache) == N for layer in layers)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     parts=st.lists(
         st.tuples(

@@ -48,7 +48,7 @@ TOKEN_IDS_PER_REQUEST = 1000
 
 ITEM = Item(0, Span(0, 6), 0, "kv", "rows")
 
-property_test = settings(deadline=None, max_examples=40)
+property_test = settings(max_examples=40)
 
 
 # -- plans ----------------------------------------------------------------------------------

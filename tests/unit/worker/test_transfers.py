@@ -182,7 +182,7 @@ def test_serving_never_waits_for_a_tier_and_a_full_queue_drops_the_write(
     for number in range(4):
         put(store, f"{number}/0", number)
         moving.write(f"{number}/0", "kv")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # the gate is still closed
     assert not moving.flush(0.1)
     assert moving.take_events()["write.queue_full"] == 2
     # What is being written keeps its memory, also when it is dropped meanwhile.
