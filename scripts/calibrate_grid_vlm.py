@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(runner: Runner, args: argparse.Namespace) -> tuple[Calibration, calibrate.Surface]:
     """What goes into the file, and what the schedules were made from."""
-    from vlcache_connector.support import kv_shape, weights_fingerprint
+    from vlcache_connector.identity import weights_fingerprint
+    from vlcache_connector.support import kv_shape
 
     num_layers = kv_shape(runner.vllm_config).num_layers
     identity = ModelIdentity(

@@ -214,7 +214,8 @@ class Worker:
         self._runner = runner.Runner(
             model, connector, limit_mm_per_prompt=IMAGE_LIMIT, seed=0, **ENGINE
         )
-        from vlcache_connector.support import kv_shape, weights_fingerprint
+        from vlcache_connector.identity import weights_fingerprint
+        from vlcache_connector.support import kv_shape
 
         fingerprint = weights_fingerprint(self._runner.vllm_config)
         self._layers = kv_shape(self._runner.vllm_config).num_layers

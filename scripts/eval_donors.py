@@ -253,7 +253,8 @@ def measure_window(
 def _read_identity(model: str) -> ModelIdentity:
     from vllm.engine.arg_utils import EngineArgs
 
-    from vlcache_connector.support import kv_shape, weights_fingerprint
+    from vlcache_connector.identity import weights_fingerprint
+    from vlcache_connector.support import kv_shape
 
     config = EngineArgs(model=model, **_ENGINE).create_engine_config()
     return ModelIdentity(

@@ -59,7 +59,8 @@ class VLLMServer:
 
     Args:
         model_dir: the checkpoint.
-        connector: VLCache's options (`kv_connector_extra_config`), or None for plain vLLM.
+        connector: VLCache's options (`kv_connector_extra_config`), over a gate that is off:
+            what reuse does is measured here, whatever was verified; None for plain vLLM.
         extra_args: more arguments of `vllm serve`.
         log_path: file for everything the server prints; replaced if it exists.
         env: more environment variables. `VLLM_CPU_KVCACHE_SPACE` is 1 (GiB) unless it is set
@@ -189,7 +190,7 @@ class VLLMServer:
             transfer = {
                 "kv_connector": "VLCacheConnector",
                 "kv_role": "kv_both",
-                "kv_connector_extra_config": dict(self._connector),
+                "kv_connector_extra_config": {"gate": "off", **self._connector},
             }
             command += ["--kv-transfer-config", json.dumps(transfer)]
         return command + self._extra_args

@@ -468,7 +468,7 @@ def held(llm: Any, tell: Tell) -> dict[str, int]:
     )
     pool = vllm.kv_cache_manager.block_pool
     stored = {kind: {key for key, of in host._resident if of == kind} for kind in ("kv", "encoder")}
-    indices = {"kv": scheduler._segments, "encoder": scheduler._encoder_rows}
+    indices = {"kv": scheduler._segments, "encoder": scheduler._encoder_rows.index}
     counts = {
         "KV blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),  # one is vLLM's own
         "requests of the scheduler side": len(scheduler._requests) + len(scheduler._live),
@@ -500,7 +500,7 @@ def violations(llm: Any, tell: Tell) -> list[str]:
     found = [] if settle(llm, tell) else ["the background work does not end"]
     for name, part in (
         ("index of KV segments", scheduler._segments),
-        ("index of encoder rows", scheduler._encoder_rows),
+        ("index of encoder rows", scheduler._encoder_rows.index),
         ("store", worker._storage.host),
     ):
         try:

@@ -135,6 +135,6 @@ def cpu_server(
     from tests.helpers.deployment import CONFIGS, SMALL, with_options  # imports vLLM
 
     folder = tmp_path_factory.mktemp("cpu")
-    config = with_options(CONFIGS / "cpu.yaml", folder, **SMALL)
+    config = with_options(CONFIGS / "cpu.yaml", folder, gate="off", **SMALL)
     with serve(config, folder / "server.log") as server:
         yield server

@@ -14,23 +14,20 @@ _CONNECTORS = {
 def register() -> None:
     """Plugin entry point (`vllm.general_plugins`); vLLM runs it in every process, maybe twice.
 
-    What vLLM has changed is left alone: it has to run without the connectors in any case.
+    What vLLM has changed is left alone: it has to run without the connectors in any case. So has a
+    process that uses none of them: all that is patched here does nothing more without VLCache.
     """
     from . import seams
 
-    if seams.intact("frontend.py"):
+    frontend_users = ("frontend.py", "content.py", "identity.py", "refusals.py", "support.py")
+    if all(map(seams.intact, frontend_users)):
         from . import frontend
 
-        frontend.resolve_encoder_half()
-        frontend.mark_client_chosen_names()
-    if seams.intact("attention/hook.py"):
-        from .attention import hook
-
-        hook.install()
-    if seams.intact("worker/loaded.py"):
+        frontend.prepare_configurations()
+    if seams.intact("worker/loaded.py") and seams.intact("attention/hook.py"):
         from .worker import loaded
 
-        loaded.remember_loaded_models()
+        loaded.watch_model_loading()
     if seams.intact("__init__.py"):
         from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
         from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory

@@ -55,7 +55,7 @@ class ModelIdentity(_Strict):
 
     name: str
     fingerprint: str
-    """`support.weights_fingerprint`."""
+    """`identity.weights_fingerprint`."""
     num_layers: int = Field(ge=1)
 
 
@@ -208,7 +208,7 @@ class Calibration(_Strict):
         finally:
             work.unlink(missing_ok=True)
 
-    def check_model(self, fingerprint: str, num_layers: int, path: Path) -> None:
+    def check_model(self, fingerprint: str | None, num_layers: int, path: Path) -> None:
         """Refuse a file that was made for another model.
 
         Raises:
@@ -218,6 +218,11 @@ class Calibration(_Strict):
             raise ConfigError(
                 f"{path}: made for a model with {self.model.num_layers} layers "
                 f"({self.model.name}), this one has {num_layers}; run vlcache verify"
+            )
+        if fingerprint is None:
+            raise ConfigError(
+                f"{path}: made for weights with the fingerprint {self.model.fingerprint[:12]}; "
+                "those of this model are in no local file that could be compared; leave it out"
             )
         if fingerprint != self.model.fingerprint:
             raise ConfigError(
@@ -259,13 +264,14 @@ def known_names() -> list[str]:
 
 
 def load_for(
-    model: str, calibration: str | None, fingerprint: str, num_layers: int
+    model: str, calibration: str | None, fingerprint: str | None, num_layers: int
 ) -> Calibration | None:
     """The calibration to serve `model` with.
 
     Args:
         calibration: the configured name or path; None looks for the model's own name, and takes a
             file only if it was made for this very model.
+        fingerprint: `identity.weights_fingerprint`.
 
     Raises:
         ConfigError: the configured file is missing, malformed or made for another model.

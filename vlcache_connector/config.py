@@ -30,8 +30,12 @@ Bytes = Annotated[int, BeforeValidator(_byte_size)]
 """A number of bytes: an integer, or a string with a unit."""
 
 
-class ConfigError(ValueError):
-    """A configuration key that VLCache can't accept; the message names key, value and remedy."""
+class ConfigError(Exception):
+    """A configuration key that VLCache can't accept; the message names key, value and remedy.
+
+    No ValueError: pydantic, which vLLM's configuration is made with, would wrap that in a report of
+    its own.
+    """
 
 
 class VLCacheConfig(BaseModel):
@@ -116,6 +120,10 @@ class VLCacheConfig(BaseModel):
 
     share_unsalted: bool = True
     """Requests without a `cache_salt` share their segments; with `false` they reuse nothing."""
+
+    trust_client_names: bool = False
+    """Take the names that requests give to images and videos (`multi_modal_uuids`, hashes in the
+    body) for what they are; only behind a gateway that makes the names."""
 
     share_approximate_prefix: bool = False
     """Let vLLM's exact prefix cache keep blocks that contain reused KV."""

@@ -20,25 +20,27 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from .calibration import load_for
+from .identity import check_identity, model_fingerprint, weights_fingerprint
 from .metrics import VLCachePromMetrics, VLCacheStats
 from .protocol import StepPlan, StepReport
-from .scheduler import indices
+from .refusals import check_kv_cache, uncaptured_steps
 from .scheduler.canonical import opening_tokens
+from .scheduler.encoder import ENCODER_ROWS
 from .scheduler.gate import allowed_relations
+from .scheduler.index import ResidencyIndex
 from .scheduler.scheduler import SchedulerSide
 from .seams import untested_version
 from .support import (
-    check_supported,
+    can_store,
     config_of,
     inert_reason,
     kv_shape,
-    model_fingerprint,
-    weights_fingerprint,
+    may_reuse,
 )
 from .worker.loaded import loaded_model
 from .worker.model import SparsePrefillModel
+from .worker.rank import RANK, close_rank
 from .worker.ranks import own_rank
-from .worker.storage import close_storage, get_pace, get_storage
 from .worker.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -79,10 +81,12 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._inert is not None:
             logger.warning("VLCache is off, vLLM runs as without it: %s", self._inert)
             return
-        check_supported(vllm_config, kv_cache_config)
-        if role == KVConnectorRole.SCHEDULER and (untested := untested_version()):
-            logger.warning("VLCache: %s; all that it uses of it is there", untested)
+        check_kv_cache(kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
+            if untested := untested_version():
+                logger.warning("VLCache: %s; all that it uses of it is there", untested)
+            if uncaptured := uncaptured_steps(vllm_config):
+                logger.warning("VLCache: %s", uncaptured)
             self._scheduler = self._make_scheduler_side()
 
     @property
@@ -92,7 +96,8 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _make_scheduler_side(self) -> SchedulerSide:
         vllm_config = self._vllm_config
-        segments, encoder_rows = indices.get_indices(vllm_config)
+        check_identity(vllm_config, is_loaded=True)
+        num_ranks = vllm_config.parallel_config.tensor_parallel_size
         shape = kv_shape(vllm_config)
         model = vllm_config.model_config.model
         calibration = load_for(
@@ -103,18 +108,17 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             shape,
             hash_block_size=self._kv_cache_config.hash_block_size or shape.block_size,
             fingerprint=model_fingerprint(vllm_config),
-            max_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            encoder_row_bytes=indices.encoder_row_bytes(vllm_config),
-            segments=segments,
-            encoder_rows=encoder_rows,
+            limits=vllm_config.scheduler_config,
+            segments=ResidencyIndex(self._config.cpu_bytes // num_ranks, num_ranks),
+            encoder_rows=ENCODER_ROWS.get(vllm_config),
             schedules=calibration.schedules if calibration is not None else (),
             opening=opening_tokens(vllm_config.model_config)
             if self._config.donor == "canonical"
             else None,
             allowed=allowed_relations(self._config, calibration, model),
-            can_store=self._kv_transfer_config.is_kv_producer,
-            can_reuse=self._kv_transfer_config.is_kv_consumer,
-            num_ranks=vllm_config.parallel_config.tensor_parallel_size,
+            can_store=can_store(vllm_config),
+            can_reuse=may_reuse(self._kv_transfer_config),
+            num_ranks=num_ranks,
         )
 
     # -- worker side ------------------------------------------------------------------------
@@ -130,12 +134,15 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._kv_cache_config.kv_cache_groups[0].layer_names,
             device,
         )
+        rank = RANK.get(self._vllm_config)
+        rank.has_kv_half = True
         self._worker = WorkerSide(
             model,
             kv_shape(self._vllm_config),
-            get_storage(self._vllm_config),
+            rank.storage,
+            rank.encoder_rows,
             rank=own_rank(),
-            pace=get_pace(self._vllm_config),
+            pace=rank.pace,
             vllm_config=self._vllm_config,
             kv_cache_config=self._kv_cache_config,
             device=device,
@@ -197,10 +204,10 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:
         """Give back memory and threads."""
         if self._scheduler is not None:
-            indices.drop_indices(self._vllm_config)
+            ENCODER_ROWS.take(self._vllm_config)
         if self._worker is not None:
             self._worker.close()
-            close_storage(self._vllm_config)
+            close_rank(self._vllm_config)
 
     # -- scheduler side ---------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""`VLCacheEncoderConnector`: the encoder half, a thin face over its two sides.
+"""`VLCacheEncoderConnector`: the encoder half, a thin face over the encoder rows' two sides.
 
 vLLM seam: `ECConnectorBase` (`vllm/distributed/ec_transfer/ec_connector/base.py`).
 """
@@ -13,20 +13,23 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
     ECConnectorMetadata,
     ECConnectorRole,
 )
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from .protocol import EncoderStepPlan, EncoderStepReport
-from .scheduler import indices
-from .scheduler.encoder import EncoderSchedulerSide
-from .support import model_fingerprint
-from .worker.encoder import EncoderWorkerSide
-from .worker.storage import close_storage, get_storage
+from .protocol import EncoderPlan, EncoderReport
+from .scheduler.encoder import ENCODER_ROWS, EncoderRows
+from .support import can_store, no_content_hashes, own_transfer
+from .worker.loaded import loaded_model
+from .worker.model import encode
+from .worker.rank import RANK, Rank, close_rank
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ECConnectorOutput
     from vllm.v1.request import Request
+
+logger = init_logger(__name__)
 
 
 class VLCacheEncoderConnector(ECConnectorBase):
@@ -38,81 +41,89 @@ class VLCacheEncoderConnector(ECConnectorBase):
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         super().__init__(vllm_config, role)
-        self._scheduler: EncoderSchedulerSide | None = None
-        self._worker: EncoderWorkerSide | None = None
+        self._rows: EncoderRows | None = None
         if role == ECConnectorRole.SCHEDULER:
-            _, encoder_rows = indices.get_indices(vllm_config)
-            self._scheduler = EncoderSchedulerSide(
-                fingerprint=model_fingerprint(vllm_config),
-                row_bytes=indices.encoder_row_bytes(vllm_config),
-                index=encoder_rows,
-                num_ranks=vllm_config.parallel_config.tensor_parallel_size,
-                can_store=self.is_producer,
-            )
-        else:
-            self._worker = EncoderWorkerSide(
-                lambda: get_storage(vllm_config), torch.device(current_platform.device_type)
-            )
+            if own_transfer(vllm_config) is None and (reason := no_content_hashes(vllm_config)):
+                logger.warning("VLCache keeps no encoder outputs: %s", reason)
+            self._rows = ENCODER_ROWS.get(vllm_config)
 
     @property
     def is_producer(self) -> bool:
-        """Whether new rows are stored: beside the KV half, its `kv_role` decides."""
-        kv = self._vllm_config.kv_transfer_config
-        if kv is not None and kv.kv_connector == "VLCacheConnector":
-            return bool(kv.is_kv_producer)
-        return super().is_producer
+        """Whether vLLM hands over new rows."""
+        return can_store(self._vllm_config)
 
     def shutdown(self) -> None:
         """Give back memory and threads."""
-        if self._worker is not None:
-            close_storage(self._vllm_config)
+        if self._rows is not None:
+            ENCODER_ROWS.take(self._vllm_config)
         else:
-            indices.drop_indices(self._vllm_config)
+            close_rank(self._vllm_config)
 
     # -- worker side ------------------------------------------------------------------------
+
+    @property
+    def _rank(self) -> Rank:
+        """Asked for when it is needed, which is after the model is loaded."""
+        return RANK.get(self._vllm_config)
 
     def bind_connector_metadata(self, connector_metadata: ECConnectorMetadata) -> None:
         """A step begins."""
         super().bind_connector_metadata(connector_metadata)
-        if self._worker is not None:
-            assert isinstance(connector_metadata, EncoderStepPlan)
-            self._worker.begin_step(connector_metadata)
+        assert isinstance(connector_metadata, EncoderPlan)
+        self._rank.encoder_rows.begin_step(connector_metadata)
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
         """Bring back the encoder outputs that this step needs."""
-        if self._worker is not None:
-            self._worker.load(encoder_cache)
+        self._rank.encoder_rows.load(self._plan, encoder_cache, self._encode)
+
+    def _encode(self, modality: str, data: Any) -> torch.Tensor:
+        device = torch.device(current_platform.device_type)
+        return encode(loaded_model(self._vllm_config), modality, data, device)
 
     def save_caches(
         self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any
     ) -> None:
         """Keep a new encoder output."""
-        if self._worker is not None:
-            self._worker.save(mm_hash, encoder_cache[mm_hash])
+        key = self._plan.saves.get(mm_hash)
+        if key is not None:
+            self._rank.encoder_rows.put(key, encoder_cache[mm_hash])
 
-    def build_connector_worker_meta(self) -> EncoderStepReport | None:
-        """What the ranks stored."""
-        return None if self._worker is None else self._worker.take_report()
+    @property
+    def _plan(self) -> EncoderPlan:
+        plan = self._get_connector_metadata()
+        assert isinstance(plan, EncoderPlan)
+        return plan
+
+    def build_connector_worker_meta(self) -> EncoderReport | None:
+        """What this rank stored and lost; where the KV half runs, its report says so."""
+        if self._rank.has_kv_half:
+            return None
+        report = self._rank.encoder_rows.take_report()
+        return None if report.is_empty() else report
 
     # -- scheduler side ---------------------------------------------------------------------
 
     def has_cache_item(self, identifier: str) -> bool:
         """Whether vLLM may skip the encoder for an item."""
-        return self._scheduler is not None and self._scheduler.has_cache_item(identifier)
+        return self._rows is not None and self._rows.has_cache_item(identifier)
 
     def update_state_after_alloc(self, request: Request, index: int) -> None:
         """vLLM made room for an item's encoder output."""
-        if self._scheduler is not None:
-            self._scheduler.update_state_after_alloc(request, index)
+        if self._rows is not None:
+            self._rows.update_state_after_alloc(request, index)
 
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> EncoderStepPlan:
-        """The step's plan for the workers."""
-        if self._scheduler is None:
-            return EncoderStepPlan()
-        return self._scheduler.build_step_plan(scheduler_output)
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> EncoderPlan:
+        """The step's plan for the workers.
+
+        A step that computes nothing has none: model runner V1 does not show it to this half. What
+        has changed waits for the next one, unless the KV half tells the workers.
+        """
+        if self._rows is None or scheduler_output.total_num_scheduled_tokens == 0:
+            return EncoderPlan()
+        return self._rows.plan(scheduler_output)
 
     def update_connector_output(self, connector_output: ECConnectorOutput) -> None:
         """Reports of the workers."""
         report = connector_output.ec_connector_worker_meta
-        if self._scheduler is not None and isinstance(report, EncoderStepReport):
-            self._scheduler.update_from_report(report)
+        if self._rows is not None and isinstance(report, EncoderReport):
+            self._rows.update_from_report(report)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of what is stored under a key; a change makes every older entry a clean miss."""
 
 
@@ -22,14 +22,22 @@ def digest(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def segment_key(identifier: str, *, fingerprint: str, donor: str, salt: str | None) -> str:
+def segment_key(
+    identifier: str,
+    *,
+    fingerprint: str,
+    donor: str,
+    salt: str | None,
+    text: Sequence[tuple[int, int]] = (),
+) -> str:
     """Key of an item's KV segment.
 
     Args:
-        identifier: vLLM's content hash of the item (`MultiModalFeatureSpec.identifier`).
-        fingerprint: digest of the model as it is run (`support.model_fingerprint`).
+        identifier: the item's, see `content.py`.
+        fingerprint: digest of the model as it is run (`identity.model_fingerprint`).
         donor: in which kind of context KV is computed (`VLCacheConfig.donor`).
         salt: the request's `cache_salt`; None is a namespace of its own.
+        text: offsets and ids of those of its tokens that take no encoder rows.
     """
     return digest(
         {
@@ -38,6 +46,7 @@ def segment_key(identifier: str, *, fingerprint: str, donor: str, salt: str | No
             "model": fingerprint,
             "donor": donor,
             "salt": salt,
+            "text": text,
         }
     )
 

@@ -159,21 +159,13 @@ class ItemReuse:
 
 
 @dataclass(frozen=True)
-class ReusePlan:
-    """What the sparse prefill has to do for one request: fill the KV of `claim`."""
+class Layout:
+    """Which tokens of a claim are reused and which are computed."""
 
-    req_id: str
     claim: Span
     """Tokens that vLLM takes as externally computed."""
     reused: tuple[ItemReuse, ...]
     """The known items, in prompt order; all other tokens of the claim are computed."""
-    captures: dict[int, str] = field(default_factory=dict)
-    """Item -> content key, of items that are computed completely inside the claim and stored."""
-    block_ids: tuple[int, ...] = ()
-    """The request's KV blocks, from its first token on, covering `claim`."""
-    encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
-    """Item -> (modality, processed inputs), of all items in the claim: what is missing on a worker,
-    although it was promised, is computed there. vLLM sends the same objects to workers anyway."""
 
     def runs_at(self, layer: int) -> list[Span]:
         """Maximal stretches of the claim that decoder layer `layer` computes, in order."""
@@ -222,6 +214,33 @@ class ReusePlan:
         """The first token whose KV may be a donor's in any layer; None: there is none."""
         firsts = (reuse.first_reused for reuse in self.reused)
         return min((first for first in firsts if first is not None), default=None)
+
+    @property
+    def tokens_before_last(self) -> int:
+        """Tokens between the last known item and the one before it, or the start of the claim."""
+        ends = [self.claim.start, *(reuse.span.end for reuse in self.reused)]
+        return self.reused[-1].span.start - ends[-2]
+
+    def shorter(self) -> Layout | None:
+        """The same up to the known item before the last one; None: there is none."""
+        if len(self.reused) < 2:
+            return None
+        reused = self.reused[:-1]
+        return replace(self, claim=Span(self.claim.start, reused[-1].span.end), reused=reused)
+
+
+@dataclass(frozen=True)
+class ReusePlan(Layout):
+    """What the sparse prefill has to do for one request: fill the KV of its claim."""
+
+    req_id: str
+    block_ids: tuple[int, ...]
+    """The request's KV blocks, from its first token on, covering the claim."""
+    captures: dict[int, str] = field(default_factory=dict)
+    """Item -> content key, of items that are computed completely inside the claim and stored."""
+    encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
+    """Item -> (modality, processed inputs), of all items in the claim: what is missing on a worker,
+    although it was promised, is computed there. vLLM sends the same objects to workers anyway."""
 
     def without(self, item: int) -> ReusePlan:
         """The same plan with all of `item`'s tokens computed instead of reused."""
@@ -307,6 +326,27 @@ def worse(a: NoAnswer | None, b: NoAnswer | None) -> NoAnswer | None:
     return "failed" if "failed" in (a, b) else a or b
 
 
+@dataclass(frozen=True)
+class EncoderPlan(ECConnectorMetadata):
+    """What a step does with encoder rows; scheduler side -> worker side.
+
+    Both halves bring it, and it is carried out when the first of them does: what is dropped goes
+    before anything is stored or loaded.
+    """
+
+    step: int = 0
+    """Counts the plans; 0: nothing is to be done."""
+    dropped: list[str] = field(default_factory=list)
+    """Content keys of evicted rows."""
+    loads: dict[str, str] = field(default_factory=dict)
+    """vLLM's item identifier -> content key of the rows to load into its encoder cache."""
+    inputs: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    """vLLM's item identifier -> (modality, processed inputs) of the rows in `loads`: what turns out
+    to be missing on a worker is computed there."""
+    saves: dict[str, str] = field(default_factory=dict)
+    """vLLM's item identifier -> content key to store its rows under, once they are computed."""
+
+
 @dataclass
 class StepPlan(KVConnectorMetadata):
     """Scheduler side -> worker side, for one step."""
@@ -328,8 +368,7 @@ class StepPlan(KVConnectorMetadata):
     """Tokens that vLLM's own forward computes in this step."""
     dropped_segments: list[str] = field(default_factory=list)
     """Content keys of evicted KV segments."""
-    dropped_encoder: list[str] = field(default_factory=list)
-    """Content keys of evicted encoder rows."""
+    encoder: EncoderPlan = field(default_factory=EncoderPlan)
 
 
 @dataclass
@@ -400,6 +439,28 @@ class WorkerState:
 
 
 @dataclass
+class EncoderReport(ECConnectorWorkerMetadata):
+    """What became of encoder rows in a step; worker side -> scheduler side.
+
+    Part of the KV half's report; the encoder half's own where it runs alone.
+    """
+
+    stored: dict[str, int] = field(default_factory=dict)
+    """Content key -> number of ranks that stored the rows."""
+    lost: set[str] = field(default_factory=set)
+    """Rows that could not be stored, or were missing at load, on some rank."""
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell."""
+        return not (self.stored or self.lost)
+
+    def aggregate(self, other: ECConnectorWorkerMetadata) -> EncoderReport:
+        """Merge the report of another rank."""
+        assert isinstance(other, EncoderReport)
+        return EncoderReport(_add_counts(self.stored, other.stored), self.lost | other.lost)
+
+
+@dataclass
 class StepReport(KVConnectorWorkerMetadata):
     """Worker side -> scheduler side, for one step."""
 
@@ -407,8 +468,7 @@ class StepReport(KVConnectorWorkerMetadata):
     """Content key of a KV segment -> number of ranks that stored it."""
     lost: set[str] = field(default_factory=set)
     """KV segments that could not be stored, or were missing or refused at load, on some rank."""
-    encoder_stored: dict[str, int] = field(default_factory=dict)
-    encoder_lost: set[str] = field(default_factory=set)
+    encoder: EncoderReport = field(default_factory=EncoderReport)
     fetched: dict[str, Fetched] = field(default_factory=dict)
     """Fetches that ended, by name."""
     figures: dict[str, PrefillFigures] = field(default_factory=dict)
@@ -428,8 +488,7 @@ class StepReport(KVConnectorWorkerMetadata):
         return not (
             self.stored
             or self.lost
-            or self.encoder_stored
-            or self.encoder_lost
+            or not self.encoder.is_empty()
             or self.fetched
             or self.figures
             or self.events
@@ -448,40 +507,11 @@ class StepReport(KVConnectorWorkerMetadata):
             fetched=fetched,
             stored=_add_counts(self.stored, other.stored),
             lost=self.lost | other.lost,
-            encoder_stored=_add_counts(self.encoder_stored, other.encoder_stored),
-            encoder_lost=self.encoder_lost | other.encoder_lost,
+            encoder=self.encoder.aggregate(other.encoder),
             figures=figures,
             events=_add_counts(self.events, other.events),
             states=self.states | other.states,
         )
-
-
-@dataclass
-class EncoderStepPlan(ECConnectorMetadata):
-    """Encoder half, scheduler side -> worker side."""
-
-    loads: dict[str, str] = field(default_factory=dict)
-    """vLLM's item identifier -> content key of the encoder rows to load."""
-    saves: dict[str, str] = field(default_factory=dict)
-    """vLLM's item identifier -> content key to store its new encoder output under."""
-    dropped: list[str] = field(default_factory=list)
-    """Content keys of evicted encoder rows."""
-
-
-@dataclass
-class EncoderStepReport(ECConnectorWorkerMetadata):
-    """Encoder half, worker side -> scheduler side. vLLM passes on the first rank's report only."""
-
-    stored: set[str] = field(default_factory=set)
-    """Content keys of encoder rows that all ranks stored."""
-    lost: set[str] = field(default_factory=set)
-    """Content keys that some rank could not store."""
-
-    def aggregate(self, other: ECConnectorWorkerMetadata) -> EncoderStepReport:
-        """Merge the report of another rank."""
-        assert isinstance(other, EncoderStepReport)
-        lost = self.lost | other.lost
-        return EncoderStepReport(stored=(self.stored | other.stored) - lost, lost=lost)
 
 
 def _add_counts(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:

@@ -107,22 +107,52 @@ SEAMS: tuple[Seam, ...] = (
         "__init__.py",
         "_registry",
     ),
-    *_replaced("vllm.config:VllmConfig", "frontend.py", _resolve_mm_embedding_inputs=""),
-    _has(
-        "vllm.config:MultiModalConfig",
+    *_replaced(
+        "vllm.config:VllmConfig",
         "frontend.py",
-        "enable_mm_embeds allow_missing_mm_embeddings",
+        _resolve_mm_embedding_inputs="",
+        _post_init_kv_transfer_config="",
+        _verify_kv_transfer_compat="",
     ),
-    _has("vllm.config:VllmConfig", "frontend.py", "model_config kv_transfer_config"),
+    _has("vllm.config:KVTransferConfig", "frontend.py", "kv_connector is_kv_consumer"),
+    _has(
+        "vllm.config:VllmConfig",
+        "frontend.py",
+        "model_config kv_transfer_config ec_transfer_config",
+    ),
     _has(
         "vllm.config:ECTransferConfig",
         "frontend.py",
         "ec_connector ec_role engine_id ec_connector_extra_config",
     ),
+    *_replaced(
+        "vllm.multimodal.processing.inputs:ProcessorInputs",
+        "content.py",
+        get_mm_hashes="model_id hash_algorithm",
+    ),
     _has(
         "vllm.multimodal.processing.inputs:ProcessorInputs",
-        "frontend.py",
-        "get_mm_hashes mm_uuid_items",
+        "content.py",
+        "mm_data_items mm_uuid_items",
+    ),
+    _takes("vllm.multimodal.hasher:_get_image_id_bytes", "content.py", "image"),
+    _has("vllm.multimodal.media:MediaWithBytes", "content.py", "media"),
+    *_replaced(
+        "vllm.multimodal.processing.processor:BaseMultiModalProcessor",
+        "content.py",
+        apply="inputs timing_ctx",
+    ),
+    _has("vllm.v1.engine.input_processor:InputProcessor", "content.py", "process_inputs"),
+    *_replaced(
+        "vllm.v1.engine.input_processor:InputProcessor",
+        "content.py",
+        inject_into_mm_cache="mm_hashes mm_kwargs",
+    ),
+    _has("vllm.v1.engine:EngineCoreRequest", "content.py", "mm_features"),
+    _has(
+        "vllm.multimodal.inputs:MultiModalFeatureSpec",
+        "content.py",
+        "identifier mm_position mm_hash",
     ),
     *_replaced(
         "vllm.model_executor.model_loader.base_loader:BaseModelLoader",
@@ -206,7 +236,11 @@ SEAMS: tuple[Seam, ...] = (
     _has("vllm.v1.outputs:KVConnectorOutput", "connector.py", "kv_connector_worker_meta"),
     _has(f"{_EC_BASE}:ECConnectorRole", "encoder_connector.py", "SCHEDULER WORKER"),
     _takes(f"{_EC_BASE}:ECConnectorBase.__init__", "encoder_connector.py", "vllm_config role"),
-    _has(f"{_EC_BASE}:ECConnectorBase", "encoder_connector.py", "_vllm_config is_producer"),
+    _has(
+        f"{_EC_BASE}:ECConnectorBase",
+        "encoder_connector.py",
+        "_vllm_config _get_connector_metadata",
+    ),
     *_replaced(
         f"{_EC_BASE}:ECConnectorBase",
         "encoder_connector.py",
@@ -221,8 +255,11 @@ SEAMS: tuple[Seam, ...] = (
         update_connector_output="connector_output",
     ),
     _has("vllm.v1.outputs:ECConnectorOutput", "encoder_connector.py", "ec_connector_worker_meta"),
-    *_is_there("encoder_connector.py", "vllm.platforms:current_platform"),
-    _has("vllm.platforms.interface:Platform", "encoder_connector.py", "device_type"),
+    _has(
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        "encoder_connector.py",
+        "total_num_scheduled_tokens",
+    ),
     *_is_there("protocol.py", f"{_EC_BASE}:ECConnectorMetadata"),
     *_replaced(f"{_KV_BASE}:KVConnectorWorkerMetadata", "protocol.py", aggregate="other"),
     *_replaced(f"{_EC_BASE}:ECConnectorWorkerMetadata", "protocol.py", aggregate="other"),
@@ -246,42 +283,97 @@ SEAMS: tuple[Seam, ...] = (
     _has(
         "vllm.config:VllmConfig",
         "support.py",
-        "model_config cache_config parallel_config scheduler_config load_config lora_config "
-        "speculative_config compilation_config kv_transfer_config ec_transfer_config",
+        "model_config cache_config parallel_config scheduler_config load_config "
+        "kv_transfer_config ec_transfer_config",
     ),
     _has(
         "vllm.config:KVTransferConfig",
         "support.py",
-        "kv_connector kv_role engine_id is_kv_producer is_kv_consumer kv_connector_extra_config",
+        "kv_connector kv_role engine_id is_kv_producer kv_connector_extra_config",
     ),
-    _has(
-        "vllm.config:ParallelConfig",
-        "support.py",
-        "tensor_parallel_size pipeline_parallel_size data_parallel_size "
-        "prefill_context_parallel_size decode_context_parallel_size is_moe_model enable_dbo",
-    ),
+    _has("vllm.config:ParallelConfig", "support.py", "tensor_parallel_size"),
     _has(
         "vllm.config:ModelConfig",
         "support.py",
-        "model revision seed dtype quantization hf_config architectures multimodal_config "
-        "is_multimodal_model is_mm_prefix_lm use_mla uses_mrope get_num_layers get_num_kv_heads "
-        "get_head_size get_inputs_embeds_size",
+        "model dtype hf_config architectures multimodal_config is_multimodal_model uses_mrope "
+        "get_num_layers get_num_kv_heads get_head_size get_inputs_embeds_size",
     ),
-    _has("vllm.config:MultiModalConfig", "support.py", "video_pruning_rate mm_processor_kwargs"),
-    _has("vllm.config:CacheConfig", "support.py", "cache_dtype block_size"),
-    _has("vllm.config:SchedulerConfig", "support.py", "max_num_batched_tokens"),
-    _has("vllm.config:LoadConfig", "support.py", "load_format"),
-    _has("vllm.config:LoRAConfig", "support.py", "enable_tower_connector_lora"),
-    _has("vllm.config:SpeculativeConfig", "support.py", "use_eagle uses_draft_model"),
+    _has("vllm.config:MultiModalConfig", "support.py", "mm_processor_cache_gb"),
+    _has("vllm.config:CacheConfig", "support.py", "block_size enable_prefix_caching"),
+    _has("vllm.config:ECTransferConfig", "support.py", "is_ec_producer"),
+    _has("vllm.config:CacheConfig", "identity.py", "cache_dtype"),
     _has(
-        "vllm.v1.kv_cache_interface:KVCacheConfig", "support.py", "kv_cache_groups hash_block_size"
+        "vllm.config:SchedulerConfig",
+        "scheduler/budget.py",
+        "max_num_batched_tokens max_num_encoder_input_tokens long_prefill_token_threshold",
     ),
-    _has("vllm.v1.kv_cache_interface:KVCacheGroupSpec", "support.py", "kv_cache_spec layer_names"),
+    _has(
+        "vllm.config:ModelConfig",
+        "identity.py",
+        "model model_weights revision seed dtype quantization hf_config multimodal_config",
+    ),
+    _has(
+        "vllm.config:MultiModalConfig",
+        "identity.py",
+        "mm_processor_kwargs media_io_kwargs mm_device_do_normalize mm_encoder_attn_dtype "
+        "mm_encoder_fp8_scale_path",
+    ),
+    _has("vllm.config:LoadConfig", "identity.py", "load_format download_dir"),
+    *_is_there(
+        "identity.py",
+        "vllm.envs:VLLM_USE_MODELSCOPE",
+        "vllm.envs:VLLM_VIDEO_LOADER_BACKEND",
+        "vllm.multimodal:MULTIMODAL_REGISTRY",
+    ),
+    _takes(
+        "vllm.multimodal.registry:MultiModalRegistry.create_processor",
+        "identity.py",
+        "model_config",
+    ),
+    _has(
+        "vllm.multimodal.processing.context:BaseProcessingInfo", "identity.py", "get_hf_processor"
+    ),
+    _has(
+        "vllm.config:VllmConfig",
+        "refusals.py",
+        "model_config cache_config parallel_config lora_config speculative_config "
+        "attention_config compilation_config kv_transfer_config ec_transfer_config",
+    ),
+    _has("vllm.config:ModelConfig", "refusals.py", "architectures is_mm_prefix_lm use_mla"),
+    _has("vllm.config:CacheConfig", "refusals.py", "cache_dtype kv_offloading_size"),
+    _has(
+        "vllm.config:ParallelConfig",
+        "refusals.py",
+        "pipeline_parallel_size data_parallel_size prefill_context_parallel_size "
+        "decode_context_parallel_size is_moe_model enable_dbo ubatch_size",
+    ),
+    _has(
+        "vllm.config:CompilationConfig",
+        "refusals.py",
+        "cudagraph_mode max_cudagraph_capture_size pass_config "
+        "splitting_ops_contain_kv_cache_update",
+    ),
+    _has(
+        "vllm.config.compilation:PassConfig",
+        "refusals.py",
+        "fuse_rope_kvcache fuse_qk_norm_rope_kvcache",
+    ),
+    _has("vllm.config:CUDAGraphMode", "refusals.py", "NONE PIECEWISE FULL mixed_mode"),
+    _has("vllm.config:AttentionConfig", "refusals.py", "backend"),
+    _has(
+        "vllm.config:MultiModalConfig", "refusals.py", "video_pruning_rate mm_processor_cache_type"
+    ),
+    _has("vllm.config:LoRAConfig", "refusals.py", "enable_tower_connector_lora"),
+    _has("vllm.config:SpeculativeConfig", "refusals.py", "method"),
+    _has("vllm.v1.kv_cache_interface:KVCacheConfig", "refusals.py", "kv_cache_groups"),
+    _has("vllm.v1.kv_cache_interface:KVCacheGroupSpec", "refusals.py", "kv_cache_spec"),
     _has(
         "vllm.v1.kv_cache_interface:FullAttentionSpec",
-        "support.py",
+        "refusals.py",
         "sliding_window attention_chunk_size head_size head_size_v",
     ),
+    _has("vllm.v1.kv_cache_interface:KVCacheConfig", "connector.py", "hash_block_size"),
+    _has("vllm.v1.kv_cache_interface:KVCacheGroupSpec", "connector.py", "layer_names"),
     # -- the scheduler side ---------------------------------------------------------------------
     _has(
         "vllm.v1.request:Request",
@@ -290,6 +382,12 @@ SEAMS: tuple[Seam, ...] = (
         "prefill_stats skip_reading_prefix_cache block_hashes",
     ),
     _has("vllm.v1.request:RequestStatus", "scheduler/scheduler.py", "RUNNING"),
+    _has(
+        "vllm.v1.request:Request",
+        "scheduler/budget.py",
+        "num_tokens num_tokens_with_spec num_output_placeholders num_computed_tokens "
+        "num_output_tokens",
+    ),
     _takes(
         "vllm.v1.metrics.stats:PrefillStats.set",
         "scheduler/scheduler.py",
@@ -323,11 +421,8 @@ SEAMS: tuple[Seam, ...] = (
         "scheduler/requests.py",
         "offset length is_embed get_num_embeds",
     ),
-    _has(
-        "vllm.v1.core.sched.output:SchedulerOutput",
-        "scheduler/encoder.py",
-        "scheduled_encoder_inputs",
-    ),
+    _has("vllm.v1.request:Request", "scheduler/encoder.py", "mm_features"),
+    _takes("vllm.multimodal.inputs:PlaceholderRange.get_num_embeds", "scheduler/encoder.py", ""),
     _has(
         "vllm.v1.request:Request",
         "scheduler/fence.py",
@@ -341,6 +436,7 @@ SEAMS: tuple[Seam, ...] = (
     _takes("vllm.v1.core.kv_cache_utils:init_none_hash", "scheduler/fence.py", "hash_fn"),
     *_is_there(
         "scheduler/fence.py",
+        "vllm.v1.core:kv_cache_utils",
         "vllm.v1.core.kv_cache_utils:BlockHash",
         "vllm.utils.hashing:sha256",
         "vllm.sampling_params:SamplingParams",
@@ -361,6 +457,8 @@ SEAMS: tuple[Seam, ...] = (
         "vllm.tokenizers:cached_tokenizer_from_config", "scheduler/canonical.py", "model_config"
     ),
     # -- the worker side ------------------------------------------------------------------------
+    *_is_there("worker/rank.py", "vllm.platforms:current_platform"),
+    _has("vllm.platforms.interface:Platform", "worker/rank.py", "device_type"),
     _takes(
         "vllm.forward_context:set_forward_context",
         "worker/model.py",

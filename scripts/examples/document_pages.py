@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Questions about the pages of a document, each of which brings other pages, in another order.
 
-That is what a search over page images does: it puts the best pages first.
+That is what a search over page images does: it puts the best pages first. A page at another place
+than before is reused once `vlcache verify` has shown that the model stands that.
 
 Usage::
 

@@ -2,7 +2,8 @@
 """A chat that gets one more image in every turn, and keeps only the last few messages.
 
 When the oldest messages fall out of the window, everything behind them moves: vLLM's prefix cache
-has nothing of it any more, VLCache has all images but the new one.
+has nothing of it any more, VLCache has all images but the new one. There is one image less in front
+of them now: they are reused once `vlcache verify` has shown that the model stands that.
 
 Usage::
 

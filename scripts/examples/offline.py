@@ -16,7 +16,7 @@ from vllm import LLM, SamplingParams
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Two images, asked about in both orders.")
+    parser = argparse.ArgumentParser(description="Two images, asked about twice.")
     parser.add_argument("--model", default="Qwen/Qwen2.5-VL-3B-Instruct", help="(%(default)s)")
     parser.add_argument("--max-model-len", type=int, default=8192, help="(%(default)s)")
     parser.add_argument("images", nargs="*", type=Path, help="two; by default they are made")
@@ -38,12 +38,12 @@ def main() -> None:
     first, second = (
         image.convert("RGB") for image in ([Image.open(path) for path in args.images] or made)
     )
-    for text, images in (
-        ("Compare the two images.", (first, second)),
-        ("Now in the other order: what is different?", (second, first)),
+    for text in (
+        "Compare the two images.",
+        "Look at both of them once more, and in detail: what is different?",
     ):
         content = [{"type": "text", "text": text}]
-        content += [{"type": "image_pil", "image_pil": image} for image in images]
+        content += [{"type": "image_pil", "image_pil": image} for image in (first, second)]
         [output] = llm.chat(
             [{"role": "user", "content": content}], SamplingParams(temperature=0, max_tokens=32)
         )

@@ -80,7 +80,7 @@ def state(llm: Any) -> dict[str, int]:
     worker = get_kv_transfer_group()._worker
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
     scheduler._segments.check_integrity()
-    scheduler._encoder_rows.check_integrity()
+    scheduler._encoder_rows.index.check_integrity()
     worker._storage.host.check_integrity()
     resident = [key for key, kind in worker._storage.host._resident if kind == "kv"]
     return {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.encoder import count_encoder_runs, forget_vllms_encoder_cache
 from tests.helpers.engine import IMAGE, VIDEO, Ask, Engine
 
 A, B = (41, 224), (42, 336, 224)
@@ -39,11 +40,6 @@ def count(llm: Any, asks: Sequence[Ask]) -> dict[str, int]:
         del model.embed_multimodal, adapter.forward
     counts["reported"] = sum((a.figures or {}).get("computed_tokens", 0) for a in answers)
     return counts
-
-
-def forget_vllms_encoder_cache(llm: Any) -> None:
-    """Empty vLLM's own encoder cache, on both sides."""
-    llm.llm_engine.reset_encoder_cache()
 
 
 def forget_segments(llm: Any) -> None:
@@ -147,28 +143,6 @@ def test_encoder_half_works_alone(tiny_model: Callable[..., Any]) -> None:
         assert cold.figures is None
     finally:
         engine.close()
-
-
-def count_encoder_runs(llm: Any, ask: Ask) -> int:
-    """Run `ask`; how often the vision encoder ran."""
-    from tests.helpers.engine import run
-    from vlcache_connector.worker.loaded import loaded_model
-
-    model = loaded_model(llm.llm_engine.vllm_config)
-    runs = 0
-    encode = model.embed_multimodal
-
-    def counting(**kwargs: Any) -> Any:
-        nonlocal runs
-        runs += 1
-        return encode(**kwargs)
-
-    model.embed_multimodal = counting
-    try:
-        run(llm, [ask])
-    finally:
-        del model.embed_multimodal
-    return runs
 
 
 def unfinished(llm: Any) -> int:

@@ -20,6 +20,7 @@ from vlcache_connector.calibration import (
     Thresholds,
     Verification,
 )
+from vlcache_connector.config import VLCacheConfig
 
 A, B, C = (71, 224), (72, 224), (73, 224)
 BLIND = {"recompute_ratio": 0.0}
@@ -142,7 +143,7 @@ def test_an_image_of_one_token_requests_is_computed_all_the_same(canonical: Engi
 
 
 def fingerprint(llm: Any) -> str:
-    from vlcache_connector.support import weights_fingerprint
+    from vlcache_connector.identity import weights_fingerprint
 
     return weights_fingerprint(llm.llm_engine.vllm_config)
 
@@ -212,6 +213,20 @@ def test_only_images_behind_text_alone_are_reused_where_nothing_else_passed(
     assert answer.figures["reused_tokens"] == 60
     # The second one could never be reused there, so it is not kept either.
     assert len(engine.call(store_state)[0]) == 1
+
+
+def test_without_a_verdict_only_images_at_places_alike_are_reused(
+    engines: Callable[..., Engine],
+) -> None:
+    engine = engines({"gate": VLCacheConfig().gate})
+    engine.ask(Ask(f"first {IMAGE} then {IMAGE}", (A, B)))
+    [swapped] = engine.ask(Ask(f"the other way round {IMAGE} then {IMAGE}", (B, A)))
+    [alike] = engine.ask(Ask(f"once more, as at first {IMAGE} then {IMAGE}", (A, B)))
+    assert swapped.figures is not None
+    assert swapped.figures["reused_tokens"] == 0
+    assert swapped.figures["fallback"] == "gate"
+    assert alike.figures is not None
+    assert alike.figures["reused_tokens"] > 64
 
 
 def test_a_request_can_not_ask_for_less_than_was_verified(gated: Callable[[str], Engine]) -> None:

@@ -148,3 +148,41 @@ def test_exact_requests_stay_exact_under_preemption(engines: Callable[..., Engin
     assert answers[2].tokens == alone[1].tokens
     [exact_after] = small.ask(replace(TARGET, vlcache=OFF))
     np.testing.assert_allclose(exact_after.logprobs, expected.logprobs[:8], rtol=0, atol=1e-4)
+
+
+def test_blocks_that_a_client_weakened_are_its_own_even_where_others_are_shared(
+    engines: Callable[..., Engine],
+) -> None:
+    engine = engines({"share_approximate_prefix": True})
+    for donor in DONORS:
+        engine.ask(donor)
+    first_image = 0
+    for vlcache, is_shared in ((BLIND, False), (None, True)):
+        [approximate] = engine.ask(replace(TARGET, vlcache=vlcache))
+        assert approximate.figures is not None
+        assert approximate.figures["reused_tokens"] > 0
+        tokens = approximate.prompt
+        first_image = tokens.index(max(set(tokens), key=tokens.count))
+        _, hits = engine.call(local_hits, replace(TARGET, vlcache=OFF))
+        assert (hits > first_image + 16) == is_shared
+        engine.call(forget_vllms_prefix_cache)
+
+
+def forget_vllms_prefix_cache(llm: Any) -> None:
+    assert llm.reset_prefix_cache()
+
+
+def test_what_a_client_weakened_is_stored_for_nobody(engines: Callable[..., Engine]) -> None:
+    engine = engines({})
+    known, new = (53, 336), (54, 336)
+    engine.ask(Ask(f"a donor {IMAGE}", (known,)))
+    reused = []
+    for number, vlcache in enumerate((BLIND, None, None)):
+        text = f"{number} compares {IMAGE} with the new {IMAGE}"
+        [answer] = engine.ask(Ask(text, (known, new), vlcache=vlcache))
+        assert answer.figures is not None
+        reused.append(answer.figures["reused_tokens"])
+    # The second request computes the new image again, and stores it for the third.
+    assert reused[0] == 144
+    assert 0 < reused[1] < 144
+    assert reused[2] > 144

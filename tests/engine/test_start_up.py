@@ -19,6 +19,22 @@ def refusal(model: Path, connector: dict[str, Any], **arguments: Any) -> str:
     return str(refused.value).strip().splitlines()[-1].strip()
 
 
+def is_touched(llm: Any) -> bool:
+    """Whether anything stands in place of what vLLM has for images and attention."""
+    from vllm.multimodal.processing.inputs import ProcessorInputs
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return hasattr(ProcessorInputs.get_mm_hashes, "_vlcache_original") or any(
+        AttentionBackendEnum[name].is_overridden()
+        for name in ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+    )
+
+
+def test_a_process_without_it_is_left_as_it_is(engines: Callable[..., Engine]) -> None:
+    assert not engines(None).call(is_touched)
+    assert engines({}).call(is_touched)
+
+
 def test_a_disk_path_that_can_not_be_written_to(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -55,8 +71,8 @@ def test_contradictory_roles(tiny_model: Callable[..., Path], tmp_path: Path) ->
 
     message = refusal(tiny_model(), {}, kv_transfer_config=transfer("kv_consumer"))
     assert message == (
-        "kv_role=kv_consumer without a tier that other servers share: set disk_path or redis_url, "
-        "or kv_role=kv_both"
+        "kv_role=kv_consumer: no tier that other servers share; set disk_path or redis_url, or "
+        "kv_role=kv_both"
     )
     message = refusal(
         tiny_model(),
@@ -68,4 +84,7 @@ def test_contradictory_roles(tiny_model: Callable[..., Path], tmp_path: Path) ->
             "ec_connector_module_path": "vlcache_connector.encoder_connector",
         },
     )
-    assert message == "ec_role=ec_both with kv_role=kv_consumer: set ec_role=ec_consumer"
+    assert message == (
+        "ec_role=ec_both: it does not go with the kv_role; leave out --ec-transfer-config, or set "
+        "ec_role=ec_consumer"
+    )

@@ -32,10 +32,9 @@ def parse_command(args: list[str]) -> Any:
 
 
 def with_options(config: Path, folder: Path, **options: Any) -> Path:
-    """A copy of a configuration in which VLCache's options, all there already, are others."""
+    """A copy of a configuration in which some of VLCache's options are others."""
     content = yaml.safe_load(config.read_text())
     extra = content["kv-transfer-config"]["kv_connector_extra_config"]
-    assert set(options) <= set(extra)
     extra |= options
     copy = folder / config.name
     copy.write_text(yaml.safe_dump(content))

@@ -113,8 +113,8 @@ class Engine:
     """A vLLM engine in a child process.
 
     Args:
-        connector: `kv_connector_extra_config`, over small budgets and no least number of
-            recomputed tokens; None runs plain vLLM.
+        connector: `kv_connector_extra_config`, over small budgets, no least number of recomputed
+            tokens and a gate that is off; None runs plain vLLM.
         environment: of the child, over the defaults.
         prepare: called in the child before the engine is made; it must be importable there.
         runner: vLLM's model runner; None takes its default, V1 on a CPU. There, V2 runs its Triton
@@ -152,6 +152,7 @@ class Engine:
                         "encoder_cpu_bytes": "64MiB",
                         "write_queue_bytes": "64MiB",
                         "min_recompute_tokens": 0,
+                        "gate": "off",
                         **connector,
                     },
                 },

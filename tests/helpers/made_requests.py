@@ -16,7 +16,18 @@ from vllm.multimodal.inputs import (
 from vllm.v1.request import Request
 
 
-def feature(identifier: str, offset: int, length: int) -> MultiModalFeatureSpec:
+def content(name: str) -> str:
+    """The identifier of an item that was hashed where the request was made."""
+    return f"vlcache-content:{name}"
+
+
+def feature(name: str, offset: int, length: int) -> MultiModalFeatureSpec:
+    """An image.
+
+    Args:
+        name: of its content; with a colon in it, the identifier as it is.
+    """
+
     def field(data: torch.Tensor) -> MultiModalFieldElem:
         return MultiModalFieldElem(data=data, field=MultiModalBatchedField())
 
@@ -28,7 +39,7 @@ def feature(identifier: str, offset: int, length: int) -> MultiModalFeatureSpec:
             }
         ),
         modality="image",
-        identifier=identifier,
+        identifier=name if ":" in name else content(name),
         mm_position=PlaceholderRange(offset=offset, length=length),
     )
 

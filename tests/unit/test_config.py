@@ -104,6 +104,7 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
     "disk_bytes_per_second": [(0, "greater than 0"), (1.5, _INTEGER)],
     "redis_bytes_per_second": [(0, "greater than 0"), (1.5, _INTEGER)],
     "share_unsalted": _SWITCH,
+    "trust_client_names": _SWITCH,
     "share_approximate_prefix": _SWITCH,
 }
 ACCEPTED: dict[str, list[Any]] = {
@@ -132,6 +133,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "disk_bytes_per_second": [None, 1 << 30],
     "redis_bytes_per_second": [None, 1 << 30],
     "share_unsalted": [False, True],
+    "trust_client_names": [True, False],
     "share_approximate_prefix": [False, True],
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
 from vllm.engine.arg_utils import EngineArgs
 
 from vlcache_connector import register
+from vlcache_connector.config import ConfigError
+from vlcache_connector.support import may_reuse
 
 VLCACHE = {"kv_connector": "VLCacheConnector", "kv_role": "kv_both"}
 ENCODER = {"ec_connector": "VLCacheEncoderConnector", "ec_role": "ec_both"}
@@ -35,7 +38,8 @@ def multimodal_config(model: Path, **arguments: Any) -> Any:
 def test_the_kv_half_turns_on_the_encoder_half(
     tiny_model: Callable[..., Path], kv_role: str
 ) -> None:
-    config = engine_config(tiny_model(), kv_transfer_config=VLCACHE | {"kv_role": kv_role})
+    shared = {"kv_role": kv_role, "kv_connector_extra_config": {"disk_path": "/tmp/nowhere"}}
+    config = engine_config(tiny_model(), kv_transfer_config=VLCACHE | shared)
     kv, ec = config.kv_transfer_config, config.ec_transfer_config
     assert kv is not None
     assert ec is not None
@@ -51,6 +55,22 @@ def test_vllm_encodes_nothing_at_the_start(tiny_model: Callable[..., Path]) -> N
     measure_encoder_output_widths(config, lambda *_: pytest.fail("an item is encoded"))
 
 
+@pytest.mark.parametrize("cache_gb", [0, 1])
+def test_an_encoder_half_that_gets_no_content_hashes_says_so(
+    tiny_model: Callable[..., Path], caplog: pytest.LogCaptureFixture, cache_gb: int
+) -> None:
+    config = engine_config(
+        tiny_model(),
+        ec_transfer_config=ENCODER,
+        enable_prefix_caching=False,
+        mm_processor_cache_gb=cache_gb,
+    )
+    with caplog.at_level("WARNING", logger="vlcache_connector.encoder_connector"):
+        ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER).shutdown()
+    told = [r for r in caplog.records if "mm_processor_cache_gb=0: " in r.getMessage()]
+    assert len(told) == (cache_gb == 0)
+
+
 @pytest.mark.parametrize(
     "transfer",
     [FOREIGN, VLCACHE | {"kv_connector_extra_config": {"enabled": False}}],
@@ -58,6 +78,22 @@ def test_vllm_encodes_nothing_at_the_start(tiny_model: Callable[..., Path]) -> N
 )
 def test_nothing_else_does(tiny_model: Callable[..., Path], transfer: dict[str, Any]) -> None:
     assert engine_config(tiny_model(), kv_transfer_config=transfer).ec_transfer_config is None
+
+
+def test_vllm_keeps_no_blocks_back_for_loads_that_run_in_order(
+    tiny_model: Callable[..., Path],
+) -> None:
+    """vLLM's scheduler defers the freeing of blocks for consumers; see `OrderedTransfer`."""
+    config = engine_config(tiny_model(), kv_transfer_config=VLCACHE)
+    kv = pickle.loads(pickle.dumps(config.kv_transfer_config))
+    assert not kv.is_kv_consumer
+    assert kv.is_kv_producer
+    assert may_reuse(kv)
+    assert config.kv_transfer_config is not None
+    assert (kv.kv_role, kv.engine_id) == ("kv_both", config.kv_transfer_config.engine_id)
+    foreign = engine_config(tiny_model(), kv_transfer_config=FOREIGN).kv_transfer_config
+    assert foreign is not None
+    assert foreign.is_kv_consumer
 
 
 def test_an_encoder_connector_of_the_users_stays(tiny_model: Callable[..., Path]) -> None:
@@ -74,7 +110,7 @@ def test_a_wrong_option_is_refused_before_anything_is_loaded(
     tiny_model: Callable[..., Path],
 ) -> None:
     transfer = VLCACHE | {"kv_connector_extra_config": {"cpu_byte": 1}}
-    with pytest.raises(ValueError, match="unknown key cpu_byte=1; allowed keys: enabled"):
+    with pytest.raises(ConfigError, match="unknown key cpu_byte=1; allowed keys: enabled"):
         engine_config(tiny_model(), kv_transfer_config=transfer)
 
 

@@ -101,15 +101,15 @@ def test_encoder_rows_and_kv_of_an_item_have_different_keys() -> None:
     [
         (
             segment_key("image", fingerprint="model", donor="canonical", salt=None),
-            "5e91a6134f1b6d0865dc192cecd34fd131a6ec53c138fbd3c28b4f57e87b13a3",
+            "bc87645639955608e76447795792686405008135e627e83713322e1d1d3844cd",
         ),
         (
             segment_key("image", fingerprint="model", donor="first_seen", salt="tenant"),
-            "fc489dd27fbb5e9b851c869388792ba7f36078f979db936ed69d50c04fbb95ef",
+            "3b7b22102f66dab7b3f9cdd8aefcee7d87ad990048840e964779e874396d26e1",
         ),
         (
             encoder_key("image", fingerprint="model"),
-            "25ed0b85b3ada6e0c563ddb2b9fb16e1abc6ec6d6f3928a521e5af6130ad1216",
+            "2086e4eff8664d77d398adc6ea80e5d7fd4a54b2afa7e14b6a59279dd7506e6f",
         ),
     ],
     ids=["kv", "kv of a tenant", "encoder"],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vlcache_connector.protocol import (
     Blend,
-    EncoderStepReport,
+    EncoderReport,
     Item,
     ItemReuse,
     PrefillFigures,
@@ -101,16 +101,17 @@ figures = st.builds(
     sparse_prefill_seconds=seconds,
     fallback=st.none() | st.just("error"),
 )
+encoder_reports = st.builds(
+    EncoderReport, stored=st.dictionaries(keys, st.integers(1, 2)), lost=st.sets(keys)
+)
 reports = st.builds(
     StepReport,
     stored=st.dictionaries(keys, st.integers(1, 2)),
     lost=st.sets(keys),
-    encoder_stored=st.dictionaries(keys, st.integers(1, 2)),
-    encoder_lost=st.sets(keys),
+    encoder=encoder_reports,
     figures=st.dictionaries(keys, figures),
     events=st.dictionaries(keys, st.integers(1, 2)),
 )
-encoder_reports = st.builds(EncoderStepReport, stored=st.sets(keys), lost=st.sets(keys))
 
 
 def reused_by_item(plan: ReusePlan, layer: int) -> dict[int, set[int]]:
@@ -276,12 +277,12 @@ def test_the_first_reused_token_by_example(
     reuse = ItemReuse(0, "donor", Span(10, 20), stages, blend)
     assert reuse.first_reused == expected
     later = ItemReuse(1, "donor", Span(25, 30), (Stage(0, ()),))
-    plan = ReusePlan("request", Span(0, 30), (reuse, later))
+    plan = ReusePlan(Span(0, 30), (reuse, later), "request", ())
     assert plan.first_reused == (25 if expected is None else expected)
 
 
 def test_a_plan_without_reuse_has_no_first_reused_token() -> None:
-    plan = ReusePlan("request", Span(3, 9), ())
+    plan = ReusePlan(Span(3, 9), (), "request", ())
     assert plan.first_reused is None
     assert plan.runs_at(0) == plan.runs_at(5) == [Span(3, 9)]
     assert (plan.num_computed, plan.num_recomputed, plan.num_reused) == (6, 0, 0)
@@ -297,7 +298,7 @@ def test_a_layered_plan_by_example() -> None:
     blended = ItemReuse(
         1, "donor b", Span(16, 20), (Stage(0, (Span(16, 20),)),), Blend(1, Fraction(1, 3))
     )
-    plan = ReusePlan("request", Span(0, 20), (layered, blended))
+    plan = ReusePlan(Span(0, 20), (layered, blended), "request", ())
     assert plan.runs_at(0) == plan.runs_at(1) == [Span(0, 8), Span(10, 12), Span(14, 20)]
     assert plan.runs_at(2) == plan.runs_at(3) == [Span(0, 6), Span(14, 20)]
     assert plan.runs_at(4) == plan.runs_at(99) == [Span(0, 4), Span(14, 20)]
@@ -368,12 +369,8 @@ def test_an_aggregate_counts_ranks_and_joins_losses(ranks: list[StepReport]) -> 
     total = reduce(StepReport.aggregate, ranks)
     for key in "abcd":
         assert total.stored.get(key, 0) == sum(rank.stored.get(key, 0) for rank in ranks)
-        assert total.encoder_stored.get(key, 0) == sum(
-            rank.encoder_stored.get(key, 0) for rank in ranks
-        )
         assert total.events.get(key, 0) == sum(rank.events.get(key, 0) for rank in ranks)
         assert (key in total.lost) == any(key in rank.lost for rank in ranks)
-        assert (key in total.encoder_lost) == any(key in rank.encoder_lost for rank in ranks)
 
 
 @property_test
@@ -410,8 +407,8 @@ def test_aggregating_leaves_the_reports_of_the_ranks_alone() -> None:
     [
         StepReport(stored={"a": 1}),
         StepReport(lost={"a"}),
-        StepReport(encoder_stored={"a": 1}),
-        StepReport(encoder_lost={"a"}),
+        StepReport(encoder=EncoderReport(stored={"a": 1})),
+        StepReport(encoder=EncoderReport(lost={"a"})),
         StepReport(figures={"r": PrefillFigures()}),
         StepReport(events={"disk.read.calls": 1}),
     ],
@@ -432,14 +429,16 @@ def test_a_new_report_is_empty() -> None:
 
 
 @property_test
-@given(ranks=st.lists(encoder_reports, min_size=2, max_size=4))
-def test_encoder_rows_that_any_rank_lost_are_not_stored(ranks: list[EncoderStepReport]) -> None:
-    total = reduce(EncoderStepReport.aggregate, ranks)
-    assert total.lost == set().union(*(rank.lost for rank in ranks))
-    assert total.stored == set().union(*(rank.stored for rank in ranks)) - total.lost
+@given(ranks=st.lists(reports, min_size=2, max_size=4))
+def test_an_aggregate_counts_the_ranks_that_hold_encoder_rows(ranks: list[StepReport]) -> None:
+    total = reduce(StepReport.aggregate, ranks).encoder
+    assert total == reduce(EncoderReport.aggregate, (rank.encoder for rank in ranks))
+    assert total.lost == set().union(*(rank.encoder.lost for rank in ranks))
+    for key in "abcd":
+        assert total.stored.get(key, 0) == sum(rank.encoder.stored.get(key, 0) for rank in ranks)
 
 
 @property_test
 @given(a=encoder_reports, b=encoder_reports)
-def test_encoder_reports_merge_in_any_order(a: EncoderStepReport, b: EncoderStepReport) -> None:
+def test_encoder_reports_merge_in_any_order(a: EncoderReport, b: EncoderReport) -> None:
     assert a.aggregate(b) == b.aggregate(a)

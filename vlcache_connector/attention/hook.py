@@ -62,7 +62,7 @@ def write_kv(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Te
 
 
 def install() -> None:
-    """Register the wrapped backends; safe to call again."""
+    """Register the wrapped backends for the models that are loaded next; safe to call again."""
     for name in WRAPPED_BACKENDS:
         member = AttentionBackendEnum[name]
         if not member.is_overridden():

@@ -227,11 +227,18 @@ class _Job:
         Raises:
             ConfigError: the existing one is of a model with another name.
         """
-        from ..support import kv_shape, weights_fingerprint
+        from ..identity import weights_fingerprint
+        from ..support import kv_shape
 
+        fingerprint = weights_fingerprint(runner.vllm_config)
+        if fingerprint is None:
+            raise ConfigError(
+                f"--model={self.model}: its weights are in no local file, so that a calibration "
+                "could not be told from one of others; use a local folder"
+            )
         identity = ModelIdentity(
             name=self.name,
-            fingerprint=weights_fingerprint(runner.vllm_config),
+            fingerprint=fingerprint,
             num_layers=kv_shape(runner.vllm_config).num_layers,
         )
         kept = self.existing

@@ -242,11 +242,10 @@ def _attention(wanted: str | None) -> Iterator[Finding]:
     from vllm.config import AttentionConfig, VllmConfig, set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend
 
-    from .. import register
-    from ..attention.hook import WRAPPED_BACKENDS, KVWriteHook
+    from ..attention.hook import WRAPPED_BACKENDS, KVWriteHook, install
     from ..attention.paged import PACKED_BACKENDS
 
-    register()
+    install()
     choice: Any = wanted  # vLLM takes its name
     config = VllmConfig(attention_config=AttentionConfig(backend=choice))
     with set_current_vllm_config(config):

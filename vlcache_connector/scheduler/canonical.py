@@ -4,7 +4,8 @@ The image stands alone behind the model's usual opening tokens, so its KV depend
 not on which request showed it first, and on no text of another request.
 
 vLLM seams: `BlockPool.get_new_blocks` and `free_blocks` (`vllm/v1/core/block_pool.py`) for the
-blocks that the computation needs for one step.
+blocks that the computation needs. They are free again at once: it runs behind the step's own
+forward, and whoever gets them next writes to them in a later step, on the same stream.
 """
 
 from __future__ import annotations
@@ -83,8 +84,6 @@ class CanonicalDonors:
         self._block_size = block_size
         self._give_up = give_up
         self._pending: dict[str, _Pending] = {}
-        self._running: dict[str, list[KVCacheBlock]] = {}
-        self._finished: list[str] = []
 
     @property
     def is_full(self) -> bool:
@@ -133,12 +132,13 @@ class CanonicalDonors:
                 if pending.steps > 4 * _PATIENCE_STEPS:
                     self._drop(pending)
                 continue
-            return self._start(pending, pool.get_new_blocks(needed))
+            blocks = pool.get_new_blocks(needed)
+            pool.free_blocks(reversed(blocks))
+            return self._start(pending, blocks)
         return None
 
     def _start(self, pending: _Pending, blocks: list[KVCacheBlock]) -> CanonicalPlan:
         del self._pending[pending.key]
-        self._running[pending.key] = blocks
         self._encoder_rows.promise(pending.item.encoder_key)
         plan = ReusePlan(
             req_id=pending.context.req_id,
@@ -152,12 +152,6 @@ class CanonicalDonors:
     def _drop(self, pending: _Pending) -> None:
         del self._pending[pending.key]
         self._give_up(pending.key)
-
-    def finish(self, key: str, pool: BlockPool) -> None:
-        """The workers have stored or lost `key`: its blocks are free again."""
-        blocks = self._running.pop(key, None)
-        if blocks is not None:
-            pool.free_blocks(reversed(blocks))
 
     def clear(self) -> None:
         """Forget what has not begun."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from ..protocol import CapturePlan, Item, ReusePlan
+from ..config import RequestOptions
+from ..protocol import CapturePlan, Item, Layout
 from ..support import KVShape
 from .canonical import CanonicalDonors
 from .donors import Donors
@@ -21,6 +23,8 @@ class CapturePlanner:
         donors: segments by image and ordinal.
         canonical: computes donors of their own; None stores what requests compute.
         min_tokens: smaller items are not stored.
+        is_below_default: whether a request's own options recompute less than the server's. What it
+            computes behind reused tokens is then not stored for others.
     """
 
     def __init__(
@@ -30,22 +34,24 @@ class CapturePlanner:
         donors: Donors,
         canonical: CanonicalDonors | None,
         min_tokens: int,
+        is_below_default: Callable[[RequestOptions], bool],
     ) -> None:
         self._shape = shape
         self._segments = segments
         self._donors = donors
         self._canonical = canonical
         self._min_tokens = min_tokens
+        self._is_below_default = is_below_default
 
-    def in_claim(self, tracked: TrackedRequest, plan: ReusePlan) -> dict[int, str]:
+    def in_claim(self, tracked: TrackedRequest, layout: Layout) -> dict[int, str]:
         """Keys of unknown items that the sparse prefill computes from first to last token, by
         their indices."""
-        reused = {reuse.item for reuse in plan.reused}
+        reused = {reuse.item for reuse in layout.reused}
         captures = {}
         for item in tracked.items:
-            inside = plan.claim.start <= item.span.start and item.span.end <= plan.claim.end
+            inside = layout.claim.start <= item.span.start and item.span.end <= layout.claim.end
             if inside and item.index not in reused:
-                key = self._reserve(tracked, item)
+                key = self._reserve(tracked, item, layout)
                 if key is not None:
                     captures[item.index] = key
         return captures
@@ -67,7 +73,9 @@ class CapturePlanner:
             if not part:
                 continue
             if part.start == item.span.start:
-                key = self._reserve(tracked, item)
+                key = self._reserve(
+                    tracked, item, tracked.claimed.plan if tracked.claimed else None
+                )
                 if key is None:
                     continue
                 tracked.capturing[item.index] = CapturedItem(key, part.start)
@@ -95,12 +103,20 @@ class CapturePlanner:
             self._segments.discard(captured.key)
         tracked.capturing.clear()
 
-    def _reserve(self, tracked: TrackedRequest, item: Item) -> str | None:
-        """Key to capture a new item under, None when it is not to be captured."""
+    def _reserve(self, tracked: TrackedRequest, item: Item, layout: Layout | None) -> str | None:
+        """Key to capture a new item under, None when it is not to be captured.
+
+        Args:
+            layout: of the request's claim, if it has one.
+        """
         if len(item.span) < self._min_tokens:
             return None
         num_bytes = len(item.span) * self._shape.bytes_per_token
         if self._canonical is None:
+            first = layout.first_reused if layout is not None else None
+            is_behind = first is not None and first < item.span.start
+            if is_behind and self._is_below_default(tracked.options):
+                return None
             return self._donors.reserve(item, num_bytes)
         if not self._canonical.is_full:
             key = self._donors.reserve(replace(item, ordinal=0), num_bytes)

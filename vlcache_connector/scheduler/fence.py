@@ -14,6 +14,7 @@ import os
 
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import BlockHash, get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
@@ -65,6 +66,8 @@ def self_test() -> None:
         RuntimeError: a field or its behaviour changed; approximate KV must not be served.
     """
     block_size = 4
+    # The hash that all chains start from is one for the process; a live engine may have chosen it.
+    seed = vars(kv_cache_utils).get("NONE_HASH")
     try:
         init_none_hash(sha256)
         request = Request(
@@ -84,6 +87,10 @@ def self_test() -> None:
         restored = list(request.block_hashes)
     except Exception as error:
         raise RuntimeError(f"vLLM's block hashes can't be fenced: {error!r}") from error
+    finally:
+        vars(kv_cache_utils).pop("NONE_HASH", None)
+        if seed is not None:
+            kv_cache_utils.NONE_HASH = seed
     ok = (
         len(exact) == 4
         and fenced[:1] == exact[:1]

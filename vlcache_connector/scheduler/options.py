@@ -47,7 +47,7 @@ class OptionsPolicy:
                 f"kv_transfer_params.vlcache: layer_ratios={ratios!r} has {len(ratios)} entries, "
                 f"the model {self._num_layers} layers"
             )
-        if self._config.gate == "require" and options.enabled and self._is_below_the_gate(options):
+        if self._config.gate == "require" and options.enabled and self.is_below_default(options):
             raise ConfigError(
                 "kv_transfer_params.vlcache: with gate=require a request can only switch reuse "
                 f"off or raise recompute_ratio above {self._config.recompute_ratio}"
@@ -59,8 +59,8 @@ class OptionsPolicy:
             )
         return options
 
-    def _is_below_the_gate(self, options: RequestOptions) -> bool:
-        """Whether the model may not have passed with these options."""
+    def is_below_default(self, options: RequestOptions) -> bool:
+        """Whether less may be recomputed than the server's operator, or its gate, settled on."""
         ratio = options.recompute_ratio
         return (
             options.selector is not None

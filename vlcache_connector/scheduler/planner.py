@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
-from ..protocol import Item, ItemReuse, ReusePlan, Span, Stage
+from ..protocol import Item, ItemReuse, Layout, Span, Stage
 from ..selection import Selection
 
 
 def plan_reuse(
-    req_id: str,
     items: Sequence[Item],
     *,
     num_computed: int,
     num_tokens: int,
-    find_donor: Callable[[Item], str | None],
+    donors: Mapping[int, str],
     select: Callable[[int], Selection],
-) -> ReusePlan | None:
+) -> Layout | None:
     """Plan a request whose first `num_computed` tokens already have exact KV.
 
     The claim reaches to the end of the last known item. Inside it, tokens of known items are
@@ -28,21 +27,20 @@ def plan_reuse(
     Args:
         items: the request's items in prompt order, spans not overlapping.
         num_tokens: length of the prompt (plus outputs, when the request resumes).
-        find_donor: content key of the stored segment to reuse for an item, if there is one.
+        donors: index of a known item -> content key of the stored segment to reuse.
         select: what to recompute of a segment of so many tokens.
 
     Returns:
         None when no known item ends behind `num_computed`.
     """
-    donors = [(item, find_donor(item)) for item in items if item.span.end > num_computed]
-    known = [(item, donor) for item, donor in donors if donor is not None]
+    left = (item for item in items if item.span.end > num_computed)
+    known = [(item, donors[item.index]) for item in left if item.index in donors]
     if not known:
         return None
     claim = Span(num_computed, min(known[-1][0].span.end, num_tokens - 1))
     if not claim:
         return None
-    return ReusePlan(
-        req_id=req_id,
+    return Layout(
         claim=claim,
         reused=tuple(_reuse(item, donor, claim, select(len(item.span))) for item, donor in known),
     )

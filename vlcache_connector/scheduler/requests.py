@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,9 +11,18 @@ from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
 
 from ..config import ConfigError, RequestOptions, VLCacheConfig
-from ..frontend import is_content_hash
+from ..content import may_be_kept
 from ..keys import encoder_key, segment_key
-from ..protocol import Item, PrefillFigures, RequestContext, ReusePlan, Span
+from ..protocol import (
+    Item,
+    Layout,
+    Outcome,
+    PrefillFigures,
+    RequestContext,
+    ReusePlan,
+    Span,
+    slowest,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -46,7 +55,7 @@ def refusal_of(request: Request, config: VLCacheConfig) -> Refusal | None:
         return "unsupported"
     if request.cache_salt is None and not config.share_unsalted:
         return "unsalted"
-    if not all(is_content_hash(feature.identifier) for feature in request.mm_features):
+    if not all(may_be_kept(feature.identifier, config) for feature in request.mm_features):
         # What a client says an image is, is not what it is.
         return "client_uuid"
     previous_end = 0
@@ -73,6 +82,86 @@ class CapturedItem:
     next_token: int
 
 
+HeldBack = Literal["gate", "budget"]
+"""What keeps known items from being reused."""
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The answer to where the KV of an item is."""
+
+    item: Item
+    outcome: Outcome
+    tier: str | None = None
+    """That it is in, or that gave no answer."""
+    donor: str | None = None
+    """Content key of the segment to reuse: with a hit."""
+    held_back: HeldBack | None = None
+    """Why what is known is not reused."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What a request may claim: all of it is in host memory, or on its way there in this step."""
+
+    lookups: tuple[Lookup, ...]
+    """Of the items that vLLM's prefix cache does not hold."""
+    waited_seconds: float = 0.0
+    """For disk and Redis."""
+    fetched_from: str | None = None
+    """The slowest tier that anything was fetched from, encoder rows included."""
+    layout: Layout | None = None
+    """None: nothing is claimed."""
+    encoded: tuple[int, ...] = ()
+    """Items that the claim computes and that have no stored encoder rows."""
+
+    def without_last(self, layout: Layout) -> Staged:
+        """The last item of a layout is not reused: a step has no room for what leads to it."""
+        last = layout.reused[-1].item
+        lookups = (
+            replace(look, outcome="skipped", held_back="budget")
+            if look.item.index == last
+            else look
+            for look in self.lookups
+        )
+        return replace(self, lookups=tuple(lookups))
+
+    @property
+    def held_back(self) -> HeldBack | None:
+        """What keeps known items from being reused, if so."""
+        return next((look.held_back for look in self.lookups if look.held_back), None)
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """What vLLM has allocated, for the workers to fill."""
+
+    plan: ReusePlan
+    tiers: dict[int, str]
+    """Of the reused items' KV."""
+    staged: Staged
+
+    @property
+    def tier(self) -> str | None:
+        """The slowest tier that anything was found in."""
+        return slowest(self.staged.fetched_from, *self.tiers.values())
+
+    def loaded(self, figures: PrefillFigures) -> Loaded:
+        """The workers have filled the claim."""
+        tiers = {
+            item: "device" if tier == "cpu" and item in figures.on_device else tier
+            for item, tier in self.tiers.items()
+        }
+        return Loaded(self.plan, tiers, self.staged, figures)
+
+
+@dataclass(frozen=True)
+class Loaded(Claimed):
+    """What the workers have filled, or computed instead."""
+
+    figures: PrefillFigures
+
+
 @dataclass
 class TrackedRequest:
     """State of one request between its arrival and its end."""
@@ -80,24 +169,13 @@ class TrackedRequest:
     request: Request
     items: tuple[Item, ...]
     options: RequestOptions
-    wanted: list[Item] = field(default_factory=list)
-    """Items whose KV is looked for: vLLM's prefix cache does not hold all of it."""
-    pending: ReusePlan | None = None
-    """Planned in `get_num_new_matched_tokens`, not yet allocated."""
-    loading: ReusePlan | None = None
-    """Allocated, and carried out by the workers."""
+    staged: Staged | None = None
+    """What vLLM was told when it asked last."""
+    claimed: Claimed | None = None
+    """What it took last; once the workers have reported, a `Loaded`."""
     capturing: dict[int, CapturedItem] = field(default_factory=dict)
     """Items under capture."""
     context_sent: bool = False
-    tiers: dict[int, str] = field(default_factory=dict)
-    """Tiers that the KV of the items under `loading` was found in."""
-    tier: str | None = None
-    """Slowest tier that anything was found in, encoder rows included."""
-    fetch_seconds: float = 0.0
-    """How long it waited for disk and Redis."""
-    figures: PrefillFigures | None = None
-    is_gated: bool = False
-    """The gate kept known images from being reused."""
 
     @classmethod
     def of(
@@ -110,15 +188,17 @@ class TrackedRequest:
         """Track `request`, which has images and is not refused.
 
         Args:
-            fingerprint: `support.model_fingerprint`.
+            fingerprint: `identity.model_fingerprint`.
             read_options: reads `kv_transfer_params`; raises ConfigError where they are not valid.
         """
         features = sorted(
             enumerate(request.mm_features), key=lambda entry: entry[1].mm_position.offset
         )
-        items = []
+        items, tokens = [], request.prompt_token_ids
+        assert tokens is not None  # or it was refused
         for ordinal, (index, feature) in enumerate(features):
             position, identifier = feature.mm_position, feature.identifier
+            is_embed = None if position.is_embed is None else tuple(position.is_embed.tolist())
             items.append(
                 Item(
                     index=index,
@@ -129,11 +209,14 @@ class TrackedRequest:
                         fingerprint=fingerprint,
                         donor=config.donor,
                         salt=request.cache_salt,
+                        text=[
+                            (offset, tokens[position.offset + offset])
+                            for offset, takes_row in enumerate(is_embed or ())
+                            if not takes_row
+                        ],
                     ),
                     encoder_key=encoder_key(identifier, fingerprint=fingerprint),
-                    is_embed=None
-                    if position.is_embed is None
-                    else tuple(position.is_embed.tolist()),
+                    is_embed=is_embed,
                 )
             )
         try:
@@ -164,17 +247,19 @@ class TrackedRequest:
 
     def report(self) -> dict[str, Any]:
         """Figures for the client (`kv_transfer_params.vlcache` of the response)."""
-        figures = self.figures or PrefillFigures()
+        figures = PrefillFigures()
+        if isinstance(self.claimed, Loaded):
+            figures = self.claimed.figures
         return {
             "reused_tokens": figures.reused_tokens,
             "recomputed_tokens": figures.recomputed_tokens,
             "computed_tokens": figures.computed_tokens,
             "computed_token_layers": sum(figures.computed_by_layer),
-            "tier": self.tier,
-            "fetch_seconds": round(self.fetch_seconds, 6),
+            "tier": self.claimed.tier if self.claimed else None,
+            "fetch_seconds": round(self.staged.waited_seconds if self.staged else 0.0, 6),
             "load_seconds": round(figures.load_seconds, 6),
             "sparse_prefill_seconds": round(figures.sparse_prefill_seconds, 6),
-            "fallback": figures.fallback or ("gate" if self.is_gated else None),
+            "fallback": figures.fallback or (self.staged.held_back if self.staged else None),
         }
 
 

@@ -19,25 +19,32 @@ from vllm.v1.request import RequestStatus
 
 from ..calibration import LayerSchedule, Relation
 from ..config import VLCacheConfig
-from ..protocol import Item, Outcome, PrefillFigures, ReusePlan, StepPlan, StepReport
+from ..protocol import Item, Layout, Outcome, PrefillFigures, ReusePlan, StepPlan, StepReport
 from ..support import KVShape
+from .budget import Fit, StepBudget, Work
 from .canonical import CanonicalDonors
 from .captures import CapturePlanner
 from .donors import Donors
+from .encoder import EncoderRows
 from .fence import PrefixFence, self_test
 from .index import ResidencyIndex
 from .options import OptionsPolicy
 from .planner import plan_reuse
-from .requests import TrackedRequest, refusal_of
+from .requests import Claimed, Lookup, Staged, TrackedRequest, refusal_of
 from .staging import Staging
 from .statistics import Statistics
 
 if TYPE_CHECKING:
+    from vllm.config.scheduler import SchedulerConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = init_logger(__name__)
+
+_LONGEST_WAY = 16
+"""A known item is reached for across at most so many times its own number of tokens: the sparse
+prefill would compute them all to save little."""
 
 
 class SchedulerSide:
@@ -46,13 +53,11 @@ class SchedulerSide:
     Args:
         config: VLCache's options.
         shape: of one token's KV on one rank.
-        fingerprint: `support.model_fingerprint`.
+        fingerprint: `identity.model_fingerprint`.
         hash_block_size: tokens per hash of vLLM's prefix cache.
-        max_batched_tokens: `max_num_batched_tokens`, the most the sparse prefills of one step
-            may compute unless a single request needs more.
-        encoder_row_bytes: bytes of one encoder output row.
+        limits: vLLM's, on what a step computes.
         segments: index of the stored KV segments.
-        encoder_rows: index of the stored encoder outputs, shared with the encoder half.
+        encoder_rows: the stored encoder rows, shared with the encoder half.
         schedules: of the `layer_aware` selector.
         opening: tokens in front of a canonical donor; None stores what requests compute.
         allowed: donor relations that the gate lets through.
@@ -68,10 +73,9 @@ class SchedulerSide:
         *,
         fingerprint: str,
         hash_block_size: int,
-        max_batched_tokens: int,
-        encoder_row_bytes: int,
+        limits: SchedulerConfig,
         segments: ResidencyIndex,
-        encoder_rows: ResidencyIndex,
+        encoder_rows: EncoderRows,
         schedules: Sequence[LayerSchedule],
         opening: Sequence[int] | None,
         allowed: frozenset[Relation],
@@ -83,8 +87,6 @@ class SchedulerSide:
         self._shape = shape
         self._fingerprint = fingerprint
         self._hash_block_size = hash_block_size
-        self._max_batched_tokens = max_batched_tokens
-        self._encoder_row_bytes = encoder_row_bytes
         self._segments = segments
         self._encoder_rows = encoder_rows
         self._can_reuse = can_reuse
@@ -94,7 +96,7 @@ class SchedulerSide:
         if (config.disk_path or config.redis_url) and can_reuse and allowed:
             self._staging = Staging(
                 segments,
-                encoder_rows,
+                encoder_rows.index,
                 self._donors,
                 num_ranks=num_ranks,
                 deadline_seconds=config.fetch_deadline_seconds,
@@ -103,25 +105,29 @@ class SchedulerSide:
         self._canonical: CanonicalDonors | None = None
         if opening is not None:
             self._canonical = CanonicalDonors(
-                opening, encoder_rows, block_size=shape.block_size, give_up=segments.discard
+                opening, encoder_rows.index, block_size=shape.block_size, give_up=segments.discard
             )
+        self._options = OptionsPolicy(config, shape.num_layers, schedules)
         self._captures: CapturePlanner | None = None
         if can_store and allowed:
             self._captures = CapturePlanner(
-                shape, segments, self._donors, self._canonical, config.min_segment_tokens
+                shape,
+                segments,
+                self._donors,
+                self._canonical,
+                config.min_segment_tokens,
+                self._options.is_below_default,
             )
-        self._options = OptionsPolicy(config, shape.num_layers, schedules)
-        self.statistics = Statistics({"kv": segments, "encoder": encoder_rows})
+        self.statistics = Statistics({"kv": segments, "encoder": encoder_rows.index})
         self._live: dict[str, Request] = {}
+        self._budget = StepBudget(limits, self._live)
         self._requests: dict[str, TrackedRequest] = {}
         self._finishing: dict[str, tuple[TrackedRequest, dict[str, Any]]] = {}
         self._step_reuse: list[ReusePlan] = []
         self._finished: list[str] = []
         self._kv_cache_manager: KVCacheManager | None = None
-        self._fence: PrefixFence | None = None
-        if not config.share_approximate_prefix:
-            self_test()
-            self._fence = PrefixFence(hash_block_size)
+        self_test()
+        self._fence = PrefixFence(hash_block_size)
 
     def bind_kv_cache_manager(self, manager: KVCacheManager) -> None:
         """vLLM's KV cache manager, asked for the blocks of requests."""
@@ -156,124 +162,40 @@ class SchedulerSide:
         """Tokens behind `num_computed` that the sparse prefill will fill; None: ask again."""
         tracked = self._requests.get(request.request_id)
         if tracked is None:
-            return 0, False
-        tracked.pending = None
-        tracked.wanted = self._wanted(tracked, num_computed)
+            return self._nothing(request, num_computed), False
+        tracked.staged = None
         try:
-            if self._is_being_staged(tracked):
+            wanted = self._wanted(tracked, num_computed)
+            if self._is_being_staged(tracked, wanted):
                 return None, False
-            plan = self._plan(tracked, num_computed)
+            tracked.staged = self._look_up(tracked, wanted)
+            tracked.staged = self._plan(tracked, tracked.staged, num_computed)
         except Exception:
             self._failed("plan", request.request_id)
-            plan = None
-        if plan is None:
-            if self._fence is not None:
-                self._fence.lift(request, num_computed)
-            return 0, False
+        layout = tracked.staged.layout if tracked.staged is not None else None
+        if tracked.staged is None or layout is None:
+            self._fence.lift(request, num_computed)
+            return self._nothing(request, num_computed), False
         if self._prefix_is_in_flight(request, num_computed):
             return None, False
-        in_step = sum(other.num_computed for other in self._step_reuse)
-        if in_step and in_step + plan.num_computed > self._max_batched_tokens:
+        if self._fit(request, tracked.staged) != "now":
+            self._budget.wait()
             return None, False
-        if self._fence is not None and plan.first_reused is not None:
-            self._fence.raise_at(request, plan.first_reused)
-        tracked.pending = plan
-        return len(plan.claim), False
+        if layout.first_reused is not None and self._is_fenced(tracked):
+            self._fence.raise_at(request, layout.first_reused)
+        return len(layout.claim), False
 
-    def update_state_after_alloc(
-        self, request: Request, block_ids: tuple[int, ...], num_external: int
-    ) -> None:
-        """vLLM has allocated the claimed tokens: the plan is part of this step."""
-        tracked = self._requests.get(request.request_id)
-        if tracked is None:
-            return
-        plan, tracked.pending = tracked.pending, None
-        if num_external == 0:
-            plan = None
-        self._take_lookups(tracked, plan)
-        if plan is None:
-            return
-        if num_external != len(plan.claim):
-            raise RuntimeError(
-                f"vLLM took {num_external} of {len(plan.claim)} claimed tokens of request "
-                f"{request.request_id}"
-            )
-        last_block = -(-plan.claim.end // self._shape.block_size)
-        plan = replace(
-            plan,
-            block_ids=block_ids[:last_block],
-            captures={} if self._captures is None else self._captures.in_claim(tracked, plan),
-        )
-        for item in self._items_in_runs(tracked, plan):
-            # Does nothing where the rows are stored, and so will not be computed.
-            self._encoder_rows.reserve(item.encoder_key, self._encoder_bytes(item))
-        if request.prefill_stats is not None and request.num_preemptions == 0:
-            # What the sparse prefill computes is not cached; vLLM counts all of the claim as such.
-            request.prefill_stats.set(
-                num_prompt_tokens=request.prefill_stats.num_prompt_tokens,
-                num_local_cached_tokens=request.prefill_stats.num_local_cached_tokens,
-                num_external_cached_tokens=plan.num_reused,
-            )
-        tracked.loading = plan
-        self._step_reuse.append(plan)
-
-    def _take_lookups(self, tracked: TrackedRequest, plan: ReusePlan | None) -> None:
-        """The request is admitted: note where its items were found, and count those that were not.
-
-        What the workers are to load is counted when they have.
-        """
-        req_id = tracked.request.request_id
-        planned = {reuse.item for reuse in plan.reused} if plan is not None else set()
-        if planned:
-            tracked.tier, tracked.tiers = "cpu", dict.fromkeys(planned, "cpu")
-        if self._staging is not None:
-            tracked.fetch_seconds = self._staging.waited_seconds(req_id)
-            if planned:
-                tracked.tier = self._staging.tier_of(req_id) or "cpu"
-        for item in tracked.wanted:
-            tier, outcome = self._lookup(tracked, item)
-            if item.index not in planned:
-                # Found, and yet not in the plan: there was no room, or planning failed.
-                self.statistics.looked_up(tier, "failed" if outcome == "hit" else outcome)
-            elif outcome == "hit" and tier is not None:
-                tracked.tiers[item.index] = tier
-        tracked.wanted = []
-
-    def _lookup(self, tracked: TrackedRequest, item: Item) -> tuple[str | None, Outcome]:
-        """Where an item's KV is, and whether it may be had."""
-        if self._is_gated:
-            return None, "skipped"
-        if self._donors.is_forbidden(item):
-            return "cpu", "skipped"
-        if self._staging is not None:
-            tier, outcome = self._staging.lookup(tracked.request.request_id, item)
-            if outcome != "miss":
-                return tier, outcome
-        return ("cpu", "hit") if self._donors.find(item) is not None else (None, "miss")
-
-    def external_tokens(self, request: Request) -> dict[str | None, int]:
-        """Claimed tokens of an admitted request: reused ones by their tier, as far as it is known
-        before they are loaded, and computed ones under None."""
-        tracked = self._requests.get(request.request_id)
-        if tracked is None or tracked.loading is None:
-            return {}
-        plan, tokens = tracked.loading, Counter[str | None]()
-        for reuse in plan.reused:
-            tokens[tracked.tiers[reuse.item]] += reuse.num_reused
-        tokens[None] = len(plan.claim) - plan.num_reused
-        return +tokens
-
-    def _may_reuse(self, tracked: TrackedRequest) -> bool:
-        # vLLM throws the claim away when it is not to read its prefix cache.
-        return (
-            self._can_reuse
-            and tracked.options.enabled
-            and not tracked.request.skip_reading_prefix_cache
+    def _is_fenced(self, tracked: TrackedRequest) -> bool:
+        """Whether the approximate blocks of a request are for itself alone."""
+        return not self._config.share_approximate_prefix or self._options.is_below_default(
+            tracked.options
         )
 
     def _wanted(self, tracked: TrackedRequest, num_computed: int) -> list[Item]:
         """Items that vLLM's prefix cache does not hold, and whose KV may be stored."""
-        if not self._may_reuse(tracked):
+        # vLLM throws the claim away when it is not to read its prefix cache.
+        may_reuse = self._can_reuse and tracked.options.enabled
+        if not may_reuse or tracked.request.skip_reading_prefix_cache:
             return []
         return [
             item
@@ -281,57 +203,177 @@ class SchedulerSide:
             if item.span.end > num_computed and len(item.span) >= self._config.min_segment_tokens
         ]
 
-    def _is_being_staged(self, tracked: TrackedRequest) -> bool:
+    def _is_being_staged(self, tracked: TrackedRequest, wanted: Sequence[Item]) -> bool:
         """Whether what the request may reuse is still on its way into host memory."""
-        if self._staging is None or not self._may_reuse(tracked):
+        if self._staging is None or not wanted:
             return False
         return self._staging.is_pending(
             tracked.request.request_id,
-            tracked.wanted,
+            wanted,
             self._segment_bytes,
             self._encoder_bytes,
             lambda item: self._options.saved_tokens(tracked.options, len(item.span)),
         )
 
-    def _plan(self, tracked: TrackedRequest, num_computed: int) -> ReusePlan | None:
+    def _look_up(self, tracked: TrackedRequest, wanted: Sequence[Item]) -> Staged:
+        """Where the KV of the wanted items is."""
+        lookups = tuple(self._look_for(tracked, item) for item in wanted)
+        if self._staging is None:
+            return Staged(lookups)
+        req_id = tracked.request.request_id
+        waited = self._staging.waited_seconds(req_id)
+        return Staged(lookups, waited, self._staging.tier_of(req_id))
+
+    def _look_for(self, tracked: TrackedRequest, item: Item) -> Lookup:
+        """Where an item's KV is, and whether it may be had."""
+        if self._is_gated:
+            return Lookup(item, "skipped", held_back="gate")
+        if self._donors.is_forbidden(item):
+            return Lookup(item, "skipped", "cpu", held_back="gate")
+        below = Lookup(item, "miss")
+        if self._staging is not None:
+            below = self._staging.lookup(tracked.request.request_id, item)
+        donor = self._donors.find(item)
+        if donor is not None:
+            return Lookup(item, "hit", below.tier if below.outcome == "hit" else "cpu", donor)
+        # Found, and yet not here: there was no room.
+        return replace(below, outcome="failed") if below.outcome == "hit" else below
+
+    def _plan(self, tracked: TrackedRequest, staged: Staged, num_computed: int) -> Staged:
+        """The longest claim that a step has room for, of what was found."""
         request = tracked.request
-        if not self._may_reuse(tracked):
-            return None
-        if self._is_gated or any(self._donors.is_forbidden(item) for item in tracked.items):
-            tracked.is_gated = True
-        plan = plan_reuse(
-            request.request_id,
+        layout = plan_reuse(
             tracked.items,
             num_computed=num_computed,
             num_tokens=request.num_tokens,
-            find_donor=self._donors.find,
+            donors={look.item.index: look.donor for look in staged.lookups if look.donor},
             select=functools.partial(self._options.select, tracked.options),
         )
-        if plan is None:
-            return None
-        encoder_inputs = {}
-        for item in tracked.items:
-            if item.span.clip(plan.claim.start, plan.claim.end):
-                feature = request.mm_features[item.index]
-                if feature.data is None:
-                    # What turns out to be missing on a worker could not be computed there.
-                    return None
-                encoder_inputs[item.index] = (feature.modality, feature.data)
-        for item in self._items_in_runs(tracked, plan):
-            if self._encoder_rows.is_ready(item.encoder_key):
-                self._encoder_rows.promise(item.encoder_key)
-        for reuse in plan.reused:
-            self._segments.promise(reuse.donor)
-        return replace(plan, encoder_inputs=encoder_inputs)
+        while layout is not None:
+            computed = self._items_in_runs(tracked, layout)
+            encoded = tuple(
+                item.index
+                for item in computed
+                if not self._encoder_rows.index.is_ready(item.encoder_key)
+            )
+            planned = replace(staged, layout=layout, encoded=encoded)
+            inputs = self._encoder_inputs(tracked, layout)
+            if not self._is_worth_it(request, planned, layout):
+                staged = staged.without_last(layout)
+            elif all(data is not None for _, data in inputs.values()):
+                for item in computed:
+                    self._encoder_rows.promise(item.encoder_key)
+                for reuse in layout.reused:
+                    self._segments.promise(reuse.donor)
+                return planned
+            layout = layout.shorter()
+        return staged
 
     @staticmethod
-    def _items_in_runs(tracked: TrackedRequest, plan: ReusePlan) -> list[Item]:
-        runs = plan.runs_at(0)
+    def _encoder_inputs(tracked: TrackedRequest, layout: Layout) -> dict[int, tuple[str, Any]]:
+        """See `ReusePlan`."""
+        claim, features = layout.claim, tracked.request.mm_features
+        items = [item for item in tracked.items if item.span.clip(claim.start, claim.end)]
+        return {
+            item.index: (features[item.index].modality, features[item.index].data) for item in items
+        }
+
+    @staticmethod
+    def _items_in_runs(tracked: TrackedRequest, layout: Layout) -> list[Item]:
+        runs = layout.runs_at(0)
         return [
             item
             for item in tracked.items
             if any(item.span.clip(run.start, run.end) for run in runs)
         ]
+
+    def _is_worth_it(self, request: Request, staged: Staged, layout: Layout) -> bool:
+        """Whether a claim may be filled some time, and its last item is worth the way to it."""
+        if layout.tokens_before_last > _LONGEST_WAY * len(layout.reused[-1].span):
+            return False
+        return self._fit(request, staged) != "never"
+
+    def _fit(self, request: Request, staged: Staged) -> Fit:
+        return self._budget.fit(self._work(request, 0, staged), self._encoder_rows.num_encoded)
+
+    def _nothing(self, request: Request, num_computed: int) -> int | None:
+        """What a request that claims nothing is told: 0, or None where others claimed the step."""
+        work = self._work(request, num_computed)
+        return None if self._budget.is_spent_for(work, self._encoder_rows.num_encoded) else 0
+
+    def _work(self, request: Request, num_computed: int, staged: Staged | None = None) -> Work:
+        """What a claim, if there is one, and then vLLM compute of a request in this step."""
+        tokens, encoded = 0, 0
+        if staged is not None and staged.layout is not None:
+            num_computed, tokens = staged.layout.claim.end, staged.layout.num_computed
+            items = (request.mm_features[index] for index in staged.encoded)
+            encoded = sum(feature.mm_position.get_num_embeds() for feature in items)
+        rest = self._budget.chunk(request.num_tokens - num_computed)
+        rest_encoded = sum(
+            feature.mm_position.get_num_embeds()
+            for feature in request.mm_features
+            if feature.mm_position.offset < num_computed + rest
+            and feature.mm_position.offset + feature.mm_position.length > num_computed
+            and not self._encoder_rows.is_ready(feature.identifier)
+        )
+        return Work(tokens, rest, encoded, rest_encoded)
+
+    def update_state_after_alloc(
+        self, request: Request, block_ids: tuple[int, ...], num_external: int
+    ) -> None:
+        """vLLM has allocated the claimed tokens: the claim is part of this step."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.staged is None:
+            return
+        staged, layout = tracked.staged, tracked.staged.layout
+        if num_external == 0:
+            layout = None
+        reused = {reuse.item for reuse in layout.reused} if layout is not None else set()
+        for look in staged.lookups:
+            # What the workers are to load is counted when they have.
+            if look.item.index not in reused:
+                outcome: Outcome = "failed" if look.outcome == "hit" else look.outcome
+                self.statistics.looked_up(look.tier, outcome)
+        if layout is None:
+            return
+        if num_external != len(layout.claim):
+            raise RuntimeError(
+                f"vLLM took {num_external} of {len(layout.claim)} claimed tokens of request "
+                f"{request.request_id}"
+            )
+        for index in staged.encoded:
+            self._encoder_rows.keep(request.mm_features[index])
+        if request.prefill_stats is not None and request.num_preemptions == 0:
+            # What the sparse prefill computes is not cached; vLLM counts all of the claim as such.
+            request.prefill_stats.set(
+                num_prompt_tokens=request.prefill_stats.num_prompt_tokens,
+                num_local_cached_tokens=request.prefill_stats.num_local_cached_tokens,
+                num_external_cached_tokens=layout.num_reused,
+            )
+        plan = ReusePlan(
+            layout.claim,
+            layout.reused,
+            request.request_id,
+            block_ids[: -(-layout.claim.end // self._shape.block_size)],
+            {} if self._captures is None else self._captures.in_claim(tracked, layout),
+            self._encoder_inputs(tracked, layout),
+        )
+        tiers = {look.item.index: look.tier or "cpu" for look in staged.lookups}
+        tracked.claimed = Claimed(plan, {item: tiers[item] for item in reused}, staged)
+        self._budget.claim(self._work(request, 0, staged))
+        self._step_reuse.append(plan)
+
+    def external_tokens(self, request: Request) -> dict[str | None, int]:
+        """Claimed tokens of an admitted request: reused ones by their tier, as far as it is known
+        before they are loaded, and computed ones under None."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.claimed is None:
+            return {}
+        plan, tokens = tracked.claimed.plan, Counter[str | None]()
+        for reuse in plan.reused:
+            tokens[tracked.claimed.tiers[reuse.item]] += reuse.num_reused
+        tokens[None] = len(plan.claim) - plan.num_reused
+        return +tokens
 
     def _prefix_is_in_flight(self, request: Request, num_computed: int) -> bool:
         """Whether a block of the local prefix hit is computed only by this step's own forward.
@@ -357,7 +399,7 @@ class SchedulerSide:
         return len(item.span) * self._shape.bytes_per_token
 
     def _encoder_bytes(self, item: Item) -> int:
-        return item.num_embeds * self._encoder_row_bytes
+        return self._encoder_rows.num_bytes(item.num_embeds)
 
     # -- steps ------------------------------------------------------------------------------
 
@@ -371,6 +413,7 @@ class SchedulerSide:
                 cancelled.append(req_id)
         plan = StepPlan(reuse=self._step_reuse, cancelled=cancelled, finished=self._finished)
         self._step_reuse, self._finished = [], []
+        self._budget.end_step()
         if self._captures is not None:
             assert self._kv_cache_manager is not None
             for req_id, num_scheduled in output.num_scheduled_tokens.items():
@@ -397,9 +440,8 @@ class SchedulerSide:
         if self._staging is not None:
             plan.fetches, plan.admitted, plan.unwanted = self._staging.take_plans()
         self._segments.settle()
-        self._encoder_rows.settle()
         plan.dropped_segments = self._segments.take_evicted()
-        plan.dropped_encoder = self._encoder_rows.take_evicted()
+        plan.encoder = self._encoder_rows.plan(output)
         return plan
 
     def update_from_report(self, report: StepReport) -> None:
@@ -408,17 +450,10 @@ class SchedulerSide:
             self._staging.update(report.fetched)
         for key, ranks in report.stored.items():
             self._segments.stored(key, ranks)
-        if self._canonical is not None:
-            assert self._kv_cache_manager is not None
-            for key in {*report.stored, *report.lost}:
-                self._canonical.finish(key, self._kv_cache_manager.block_pool)
         self.statistics.take_report(report)
         for key in report.lost:
             self._segments.lost(key)
-        for key, ranks in report.encoder_stored.items():
-            self._encoder_rows.stored(key, ranks)
-        for key in report.encoder_lost:
-            self._encoder_rows.lost(key)
+        self._encoder_rows.update_from_report(report.encoder)
         for req_id, figures in report.figures.items():
             tracked = self._requests.get(req_id)
             if tracked is not None:
@@ -432,26 +467,21 @@ class SchedulerSide:
         self._finishing.clear()
 
     def _take_figures(self, tracked: TrackedRequest, figures: PrefillFigures) -> None:
-        tracked.figures = figures
-        if tracked.tier == "cpu" and figures.reused and figures.on_device >= figures.reused.keys():
-            tracked.tier = "device"
-        for item, tier in tracked.tiers.items():
-            if tier == "cpu" and item in figures.on_device:
-                tracked.tiers[item] = "device"
-        self.statistics.loaded(tracked)
+        assert tracked.claimed is not None
+        tracked.claimed = loaded = tracked.claimed.loaded(figures)
+        self.statistics.loaded(loaded)
 
     def request_finished(self, request: Request) -> dict[str, Any] | None:
         """Forget the request; its figures go back to the client."""
         self._live.pop(request.request_id, None)
         tracked = self._requests.pop(request.request_id, None)
-        if self._fence is not None:
-            self._fence.forget(request.request_id)
+        self._fence.forget(request.request_id)
         if self._staging is not None:
             self._staging.forget(request.request_id)
         if tracked is None:
             return None
-        if tracked.is_gated:
-            self.statistics.happened("refused.gate")
+        if tracked.staged is not None and tracked.staged.held_back is not None:
+            self.statistics.happened(f"refused.{tracked.staged.held_back}")
         if self._captures is not None:
             self._captures.give_up(tracked)
         if tracked.context_sent:
@@ -467,4 +497,4 @@ class SchedulerSide:
         if self._canonical is not None:
             self._canonical.clear()
         self._segments.clear()
-        self._encoder_rows.clear()
+        self._encoder_rows.index.clear()

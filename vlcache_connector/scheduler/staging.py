@@ -15,6 +15,7 @@ from ..protocol import Fetched, FetchPlan, Item, Outcome, slowest
 from ..store import Kind
 from .donors import Donors
 from .index import ResidencyIndex
+from .requests import Lookup
 
 _LARGER = 1.05
 _HEADERS = 1 << 20
@@ -201,7 +202,7 @@ class Staging:
         return True
 
     def tier_of(self, req_id: str) -> str | None:
-        """Slowest tier that a request's segments were fetched from; None: none were."""
+        """Slowest tier that anything was fetched from for a request; None: nothing was."""
         ticket = self._tickets.get(req_id)
         return None if ticket is None else ticket.tier
 
@@ -210,18 +211,17 @@ class Staging:
         ticket = self._tickets.get(req_id)
         return 0.0 if ticket is None else ticket.waited_seconds or 0.0
 
-    def lookup(self, req_id: str, item: Item) -> tuple[str | None, Outcome]:
-        """What became of looking for an item's KV below host memory, and the tier it is in."""
+    def lookup(self, req_id: str, item: Item) -> Lookup:
+        """What became of looking for an item's KV below host memory."""
         ticket = self._tickets.get(req_id)
         name = None if ticket is None else ticket.kv.get(item.index)
         if ticket is None or name is None:
-            return None, "miss"
+            return Lookup(item, "miss")
         ended = ticket.ended.get(name)
         if ended is None:
-            return None, "late"
-        if ended.key is not None:
-            return ended.tier, "hit"
-        return ended.tier, ended.no_answer or "miss"
+            return Lookup(item, "late")
+        outcome: Outcome = "hit" if ended.key is not None else ended.no_answer or "miss"
+        return Lookup(item, outcome, ended.tier)
 
     def forget(self, req_id: str) -> None:
         """A request has ended."""

@@ -10,7 +10,7 @@ from .. import metrics
 from ..metrics import Metric, VLCacheStats
 from ..protocol import Outcome, StepReport, TierState, WorkerState
 from .index import ResidencyIndex
-from .requests import TrackedRequest
+from .requests import Loaded
 
 _SEGMENTS = {"stored": metrics.STORED_SEGMENTS, "evicted": metrics.EVICTED_SEGMENTS}
 
@@ -57,14 +57,12 @@ class Statistics:
             self._workers |= report.states
             self._set_worker_gauges()
 
-    def loaded(self, tracked: TrackedRequest) -> None:
-        """A request's claim was filled: its figures are there."""
-        figures, plan = tracked.figures, tracked.loading
-        assert figures is not None
-        assert plan is not None
+    def loaded(self, loaded: Loaded) -> None:
+        """A request's claim was filled."""
+        figures = loaded.figures
         if figures.fallback is not None:
             self.happened(f"fallback.{figures.fallback.replace(' ', '_')}")
-        for item, tier in tracked.tiers.items():
+        for item, tier in loaded.tiers.items():
             self.looked_up(tier, "hit" if item in figures.reused else "failed")
             self._new.add(metrics.REUSED_TOKENS, tier, amount=figures.reused.get(item, 0))
         self._new.add(metrics.RECOMPUTED_TOKENS, amount=figures.recomputed_tokens)
@@ -72,13 +70,13 @@ class Statistics:
         if figures.computed_tokens:
             seconds = figures.sparse_prefill_seconds
             self._new.observe(metrics.SPARSE_PREFILL_SECONDS, value=seconds)
-        load_seconds = tracked.fetch_seconds + figures.load_seconds
-        if figures.reused and tracked.tier is not None:
-            self._new.observe(metrics.LOAD_SECONDS, tracked.tier, value=load_seconds)
+        load_seconds = loaded.staged.waited_seconds + figures.load_seconds
+        if figures.reused and loaded.tier is not None:
+            self._new.observe(metrics.LOAD_SECONDS, loaded.tier, value=load_seconds)
         speed = self._prefill_speed()
         if figures.reused and speed is not None:
             spent = load_seconds + figures.sparse_prefill_seconds
-            saved = max(0.0, len(plan.claim) / speed - spent)
+            saved = max(0.0, len(loaded.plan.claim) / speed - spent)
             self._new.add(metrics.SAVED_SECONDS, amount=saved)
 
     def _prefill_speed(self) -> float | None:

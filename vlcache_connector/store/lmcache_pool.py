@@ -6,6 +6,7 @@ its usage-tracking switch from the environment, and changes the environment in t
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections import Counter
@@ -227,16 +228,28 @@ def _in_daemon_thread(build: Callable[[], T]) -> T:
 
     LMCache's are not, so a process that ends without closing its storage manager would hang.
     """
-    device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+    set_device = same_device()
     result: Future[T] = Future()
 
     def run() -> None:
         try:
-            if device is not None:  # a thread's default is device 0, whatever this worker uses
-                torch.accelerator.set_device_index(device)
+            set_device()
             result.set_result(build())
         except BaseException as error:
             result.set_exception(error)
 
     threading.Thread(target=run, name="vlcache-store-start", daemon=True).start()
     return result.result()
+
+
+def same_device() -> Callable[[], None]:
+    """What a new thread has to call to use the device that this one uses.
+
+    A thread's default is device 0, whatever this worker uses: its first call there would take
+    memory of a context on it.
+    """
+    if not torch.accelerator.is_available():
+        return lambda: None
+    return functools.partial(
+        torch.accelerator.set_device_index, torch.accelerator.current_device_index()
+    )

@@ -25,7 +25,13 @@ from vlcache_connector.store.base import (
 )
 from vlcache_connector.store.codec import Kind, ObjectHeader, RefusedObject
 from vlcache_connector.store.grouping import groupings
-from vlcache_connector.store.lmcache_pool import PAGE_BYTES, LMCachePool, release, require
+from vlcache_connector.store.lmcache_pool import (
+    PAGE_BYTES,
+    LMCachePool,
+    release,
+    require,
+    same_device,
+)
 from vlcache_connector.store.objects import as_buffers, complete, decode_objects
 
 if TYPE_CHECKING:
@@ -150,7 +156,9 @@ class LMCacheSegmentStore(SegmentStore):
         self._max_object_bytes = max_object_bytes
         self._verify = verify
         self._side = side
-        self._sealer = ThreadPoolExecutor(1, "vlcache-seal") if side is not None else None
+        self._sealer = None
+        if side is not None:
+            self._sealer = ThreadPoolExecutor(1, "vlcache-seal", initializer=same_device())
         self._arriving: dict[tuple[str, Kind], _Arriving] = {}
         self._writing: list[_Room] = []
         self._unwanted: list[_Arriving] = []

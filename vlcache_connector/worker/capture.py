@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from vllm.logger import init_logger
 
 from ..store import KVWriter
 from ..streams import Outbox, Side, upload
 from ..support import KVShape
+
+logger = init_logger(__name__)
 
 
 @dataclass
@@ -78,6 +81,7 @@ class SegmentCapture:
         self._wanted: list[_Wanted] = []
         self._rows: torch.Tensor | None = None
         self._layers_written = 0
+        self._has_warned = False
 
     def expect(
         self,
@@ -168,6 +172,12 @@ class SegmentCapture:
             if self._layers_written == len(self._layer_index):
                 for part in self._wanted:
                     part.capture.tokens += len(part.slots)
+            elif self._wanted and not self._layers_written and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "VLCache saw nothing of the KV that a step wrote for images: CUDA graphs or "
+                    "fused kernels hide it. Images in such steps are not stored"
+                )
         finally:
             self._wanted.clear()
             self._rows = None

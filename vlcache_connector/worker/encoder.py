@@ -1,4 +1,4 @@
-"""The encoder half's worker side: keeps encoder outputs and brings them back.
+"""The encoder rows of one rank: kept, given back to vLLM and to the sparse prefill, removed.
 
 vLLM seams: the worker-side methods of `ECConnectorBase`
 (`vllm/distributed/ec_transfer/ec_connector/base.py`), called by the model runners.
@@ -7,67 +7,112 @@ vLLM seams: the worker-side methods of `ECConnectorBase`
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
 
-from ..protocol import EncoderStepPlan, EncoderStepReport
-from .ranks import all_ranks_have
+from ..protocol import EncoderPlan, EncoderReport
+from ..store import Segment
+from .ranks import all_ranks_have, in_lockstep
 from .storage import Storage
 
 logger = init_logger(__name__)
 
+Encode = Callable[[str, Any], torch.Tensor]
+"""Runs the vision encoder on one item, by modality and processed inputs: rows [n, width]."""
 
-class EncoderWorkerSide:
-    """Stores and loads encoder rows on one rank.
+
+class EncoderRows:
+    """Carries out the plans for encoder rows, for the encoder half and the KV half.
 
     Args:
-        storage: gives this rank's storage; asked for when it is first needed, which is after
-            the model is loaded.
+        storage: of this rank.
         device: of the model.
     """
 
-    def __init__(self, storage: Callable[[], Storage], device: torch.device) -> None:
-        self._get_storage = storage
+    def __init__(self, storage: Storage, device: torch.device) -> None:
+        self._storage = storage
         self._device = device
-        self._plan = EncoderStepPlan()
-        self._saved: dict[str, bool] = {}
+        self._step = 0
+        self._awaited: set[str] = set()
+        """Content keys that are to be stored in this step."""
+        self._report = EncoderReport()
 
-    def begin_step(self, plan: EncoderStepPlan) -> None:
-        """Take in the step's plan and drop what was evicted."""
-        self._plan = plan
-        self._saved = dict.fromkeys(plan.saves.values(), False)
+    def begin_step(self, plan: EncoderPlan) -> None:
+        """Remove what was evicted, before anything is stored; nothing for the half that is second.
+
+        vLLM calls the encoder half first in steps that compute something, and the KV half first,
+        or alone, in others.
+        """
+        if plan.step <= self._step:
+            return
+        self._step = plan.step
+        self._awaited = set(plan.saves.values())
         for key in plan.dropped:
-            self._get_storage().remove(key, "encoder")
+            self._storage.remove(key, "encoder")
 
-    def load(self, encoder_cache: dict[str, torch.Tensor]) -> None:
-        """Put the promised rows into vLLM's encoder cache (identifier -> rows [n, width])."""
-        for identifier, key in self._plan.loads.items():
-            if identifier in encoder_cache:
-                continue
-            segment = self._get_storage().get(key, "encoder")
-            if segment is None:
-                # vLLM ends the step with "Encoder cache miss" when it needs these rows.
-                logger.error("VLCache: promised encoder rows %s are not there", key[:16])
-                continue
-            encoder_cache[identifier] = segment.rows().to(
-                self._device, non_blocking=True, copy=True
-            )
-            self._get_storage().leaving.add(segment.release)
+    def load(
+        self, plan: EncoderPlan, encoder_cache: dict[str, torch.Tensor], encode: Encode
+    ) -> None:
+        """Put the promised rows into vLLM's encoder cache (identifier -> rows [n, width]).
 
-    def save(self, identifier: str, rows: torch.Tensor) -> None:
-        """Keep a new encoder output, rows [n, width]."""
-        key = self._plan.saves.get(identifier)
-        if key is not None:
-            self._saved[key] = self._get_storage().put_encoder(key, rows)
+        Rows that are missing on any rank are computed on all of them.
+        """
+        wanted = [name for name in plan.loads if name not in encoder_cache]
+        with in_lockstep():
+            found: dict[str, torch.Tensor] = {}
+            for name in wanted:
+                try:
+                    found[name] = self._on_device(plan.loads[name])
+                except Exception:
+                    logger.exception("VLCache: promised encoder rows are not there; computing them")
+                    self.settled(plan.loads[name], is_stored=False)
+            everywhere = all_ranks_have([name in found for name in wanted])
+            for name, ok in zip(wanted, everywhere, strict=True):
+                encoder_cache[name] = found[name] if ok else encode(*plan.inputs[name])
 
-    def take_report(self) -> EncoderStepReport | None:
-        """What all ranks stored in this step; vLLM hands on the first rank's report only."""
-        saved, self._saved = self._saved, {}
-        if not saved:
-            return None
-        agreed = dict(zip(saved, all_ranks_have(list(saved.values())), strict=True))
-        return EncoderStepReport(
-            stored={key for key, ok in agreed.items() if ok},
-            lost={key for key, ok in agreed.items() if not ok},
-        )
+    def _on_device(self, key: str) -> torch.Tensor:
+        segment = self._storage.get(key, "encoder")
+        if segment is None:
+            raise KeyError(key)
+        rows = segment.rows().to(self._device, non_blocking=True, copy=True)
+        self._storage.leaving.add(segment.release)
+        return rows
+
+    def get(self, key: str, num_rows: int) -> Segment | None:
+        """Open stored rows, so many of them; the caller has to release them."""
+        segment = self._storage.get(key, "encoder")
+        if segment is not None and segment.info.num_tokens == num_rows:
+            return segment
+        if segment is not None:
+            segment.release()
+        if key not in self._awaited:
+            self.settled(key, is_stored=False)
+        return None
+
+    def put(self, key: str, rows: torch.Tensor) -> None:
+        """Keep new rows [n, width], if they are to be kept."""
+        if key not in self._awaited:
+            return
+        self._awaited.remove(key)
+        try:
+            is_stored = self._storage.put_encoder(key, rows)
+        except Exception:
+            logger.exception("VLCache: encoder rows %s could not be stored", key[:16])
+            is_stored = False
+        self.settled(key, is_stored=is_stored)
+
+    def settled(self, key: str, *, is_stored: bool) -> None:
+        """Rows are in host memory now, or are not and will not be."""
+        if is_stored:
+            self._report.stored[key] = 1
+        else:
+            self._report.lost.add(key)
+
+    def take_report(self) -> EncoderReport:
+        """What was stored and lost; at the end of a step, with nothing left to be stored in it."""
+        report, self._report = self._report, EncoderReport()
+        report.lost |= self._awaited
+        self._awaited = set()
+        return report

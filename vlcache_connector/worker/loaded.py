@@ -14,14 +14,21 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from ..attention import hook
+from ..support import own_transfer
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 _loaded: list[tuple[weakref.ref[ModelConfig], weakref.ref[torch.nn.Module]]] = []
 
 
-def remember_loaded_models() -> None:
-    """Patch the model loader, once per process, to remember what it loads."""
+def watch_model_loading() -> None:
+    """Patch the model loader, once per process.
+
+    Where VLCache is used, attention backends are wrapped before the model is made, and the model is
+    remembered.
+    """
     original = BaseModelLoader.load_model
     if hasattr(original, "_vlcache_original"):
         return
@@ -30,6 +37,9 @@ def remember_loaded_models() -> None:
     def load_model(
         self: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> torch.nn.Module:
+        if own_transfer(vllm_config) is None:
+            return original(self, vllm_config, model_config, prefix)
+        hook.install()
         model = original(self, vllm_config, model_config, prefix)
         _loaded.append((weakref.ref(model_config), weakref.ref(model)))
         return model

@@ -13,6 +13,7 @@ from ..protocol import Item, ReusePlan, Span
 from ..store import Segment
 from ..streams import Ring, Staged, StagedSegment, upload
 from ..support import KVShape
+from .encoder import EncoderRows
 from .injection import Injection, PlacedSegment, ReusedRows, Rows, WriteRows, rotation
 from .model import SparsePrefillModel
 from .sparse_prefill import PrefillJob, RequestInputs
@@ -83,6 +84,7 @@ class Loader:
     def __init__(
         self,
         storage: Storage,
+        encoder_rows: EncoderRows,
         model: SparsePrefillModel,
         shape: KVShape,
         device: torch.device,
@@ -91,6 +93,7 @@ class Loader:
     ) -> None:
         self._write = write
         self._storage = storage
+        self._encoder_rows = encoder_rows
         self._model = model
         self._shape = shape
         self._device = device
@@ -174,17 +177,11 @@ class Loader:
         for item in items:
             if item.index in entry.encoder_rows or not entry.uses_store:
                 continue
-            segment = self._storage.get(item.encoder_key, "encoder")
-            if segment is None:
-                continue
-            entry.opened.append(segment)
-            if segment.info.num_tokens == item.num_embeds:
+            segment = self._encoder_rows.get(item.encoder_key, item.num_embeds)
+            if segment is not None:
+                entry.opened.append(segment)
                 entry.encoder_rows[item.index] = segment.rows()
         return items
-
-    def keep_rows(self, item: Item, rows: torch.Tensor) -> bool:
-        """Store new encoder rows [n_embeds, width]; whether there was room."""
-        return self._storage.put_encoder(item.encoder_key, rows)
 
     def job(self, entry: LoadedPlan) -> PrefillJob:
         """The sparse prefill of a plan all of whose encoder rows are there."""

@@ -5,6 +5,13 @@ vLLM seam: the limits of the process's control group (`vllm/utils/cpu_resource_u
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import psutil
 import torch
 from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
@@ -24,8 +31,20 @@ def host_memory(config: VLCacheConfig, num_ranks: int) -> int:
     return int(budget * _SLACK) + (8 << 20)
 
 
+@contextlib.contextmanager
+def taking_turns() -> Iterator[None]:
+    """Held while host memory is looked at and taken: one process of this machine at a time.
+
+    Ranks and engines that start together would else all count on the same free memory.
+    """
+    path = Path(tempfile.gettempdir()) / f"vlcache-memory-{os.getuid()}.lock"
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def check_memory(config: VLCacheConfig, host_bytes: int, device: torch.device) -> None:
-    """See that memory has room for a rank's segments, before any of it is taken.
+    """See that memory has room for a rank's segments, before any of it is taken; in `taking_turns`.
 
     Args:
         host_bytes: host memory that this rank takes at once.

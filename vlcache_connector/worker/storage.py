@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from vllm.platforms import current_platform
 
+from ..identity import check_identity, model_fingerprint
 from ..protocol import Fetched, FetchPlan, TierState
 from ..store import Kind, KVWriter, LMCacheSegmentStore, Segment, SegmentStore
 from ..streams import Leaving, Side, make_side
-from ..support import config_of, engine_id, kv_shape, model_fingerprint
+from ..support import config_of, kv_shape
 from ..tiers import open_tiers
 from .device import DeviceSegments
-from .memory import check_memory, host_memory
+from .memory import check_memory, host_memory, taking_turns
 from .pace import Pace
 from .ranks import own_rank
 from .transfers import Admission, Transfers
@@ -158,65 +158,41 @@ class Storage:
         self.host.close()
 
 
-@dataclass(frozen=True)
-class _Opened:
-    storage: Storage
-    pace: Pace
+def open_storage(vllm_config: VllmConfig, pace: Pace) -> Storage:
+    """The tiers that a configuration asks for, of this worker's rank.
 
+    Args:
+        pace: of this worker, which loads are weighed against.
 
-_opened: dict[str, _Opened] = {}
-
-
-def get_storage(vllm_config: VllmConfig) -> Storage:
-    """Where this engine's worker keeps segments, KV half and encoder half; made on first use."""
-    return _open(vllm_config).storage
-
-
-def get_pace(vllm_config: VllmConfig) -> Pace:
-    """How fast this engine's worker computes; loads are weighed against it."""
-    return _open(vllm_config).pace
-
-
-def close_storage(vllm_config: VllmConfig) -> None:
-    """Close the engine's storage; does nothing the second time."""
-    opened = _opened.pop(engine_id(vllm_config), None)
-    if opened is not None:
-        opened.storage.close()
-
-
-def _open(vllm_config: VllmConfig) -> _Opened:
-    name = engine_id(vllm_config)
-    if name not in _opened:
-        _opened[name] = _make(vllm_config)
-    return _opened[name]
-
-
-def _make(vllm_config: VllmConfig) -> _Opened:
+    Raises:
+        ConfigError: there is not as much memory, or a tier can't be used.
+    """
+    check_identity(vllm_config, is_loaded=True)
     config, shape = config_of(vllm_config), kv_shape(vllm_config)
     rank = own_rank()
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     model, fingerprint = vllm_config.model_config.model, model_fingerprint(vllm_config)
     device = torch.device(current_platform.device_type)
-    pace = Pace(device, config.prefill_tokens_per_second)
     tiers = open_tiers(config, fingerprint, model)
     budget = host_memory(config, num_ranks)
-    check_memory(config, budget, device)
     side = make_side(device)
-    host = LMCacheSegmentStore(
-        model_name=model,
-        fingerprint=fingerprint,
-        rank=rank,
-        world_size=num_ranks,
-        budget_bytes=budget,
-        num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        kv_dtype=shape.dtype,
-        # This process wrote or checked the memory itself: a checksum over each read would only
-        # cost time.
-        verify=False,
-        side=side,
-    )
+    with taking_turns():
+        check_memory(config, budget, device)
+        host = LMCacheSegmentStore(
+            model_name=model,
+            fingerprint=fingerprint,
+            rank=rank,
+            world_size=num_ranks,
+            budget_bytes=budget,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            kv_dtype=shape.dtype,
+            # This process wrote or checked the memory itself: a checksum over each read would only
+            # cost time.
+            verify=False,
+            side=side,
+        )
     transfers = None
     if tiers:
         transfers = Transfers(
@@ -232,7 +208,6 @@ def _make(vllm_config: VllmConfig) -> _Opened:
     copies = None
     if config.device_bytes:
         copies = DeviceSegments(config.device_bytes, device, side, leaving)
-    storage = Storage(
+    return Storage(
         host, shape.num_layers, device=copies, transfers=transfers, side=side, leaving=leaving
     )
-    return _Opened(storage, pace)

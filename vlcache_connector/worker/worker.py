@@ -30,6 +30,7 @@ from ..protocol import (
 from ..store import KVWriter
 from ..support import KVShape, UnsupportedError
 from .capture import SegmentCapture
+from .encoder import EncoderRows
 from .fused_write import choose_write
 from .loader import LoadedPlan, Loader
 from .model import SparsePrefillModel
@@ -58,6 +59,7 @@ class WorkerSide:
         model: the loaded model.
         shape: of one token's KV on this rank.
         storage: this rank's segments.
+        encoder_rows: those that are encoder rows.
         rank: this one, of the tensor-parallel ones.
         pace: told how long vLLM's own forwards take.
         device: of the model.
@@ -71,6 +73,7 @@ class WorkerSide:
         model: SparsePrefillModel,
         shape: KVShape,
         storage: Storage,
+        encoder_rows: EncoderRows,
         *,
         rank: int,
         pace: Pace,
@@ -87,11 +90,12 @@ class WorkerSide:
         self._model = model
         self._shape = shape
         self._storage = storage
+        self._encoder_rows = encoder_rows
         self._rank = rank
         self._pace = pace
         self._device = device
         write = choose_write(model.layers.values(), model.rotary, shape.dtype, device)
-        self._loader = Loader(storage, model, shape, device, write, self._inputs_of)
+        self._loader = Loader(storage, encoder_rows, model, shape, device, write, self._inputs_of)
         self._capture = SegmentCapture(
             model.layer_names, shape, device, self._open_segment, storage.side
         )
@@ -137,19 +141,16 @@ class WorkerSide:
 
     def begin_step(self, plan: StepPlan) -> None:
         """Before anything runs: forget what is over and take in what is new."""
+        with self._guarded("drop"):
+            self._encoder_rows.begin_step(plan.encoder)
         for key in plan.dropped_segments:
             with self._guarded("drop"):
                 self._storage.remove(key, "kv")
-        for key in plan.dropped_encoder:
-            with self._guarded("drop"):
-                self._storage.remove(key, "encoder")
         self._admitted += plan.admitted
         with self._guarded("admit"):
             for admission in self._storage.settle(self._admitted, plan.unwanted):
-                if admission.kind == "encoder" and admission.is_stored:
-                    self._report.encoder_stored[admission.key] = 1
-                elif admission.kind == "encoder":
-                    self._report.encoder_lost.add(admission.key)
+                if admission.kind == "encoder":
+                    self._encoder_rows.settled(admission.key, is_stored=admission.is_stored)
                 elif not admission.is_stored:
                     self._report.lost.add(admission.key)
             self._admitted = []
@@ -318,10 +319,7 @@ class WorkerSide:
             if key not in known:
                 known[key] = self._model.encode(modality, data)
                 with self._guarded("store"):
-                    if self._loader.keep_rows(item, known[key]):
-                        self._report.encoder_stored[key] = 1
-                if key not in self._report.encoder_stored:
-                    self._report.encoder_lost.add(key)
+                    self._encoder_rows.put(key, known[key])
             entry.encoder_rows[item.index] = known[key]
 
     def compute_canonical(self, plans: Sequence[CanonicalPlan]) -> None:
@@ -408,6 +406,8 @@ class WorkerSide:
             waits = _IDLE_SECONDS if is_idle else 0.0
             self._report.fetched |= self._storage.take_fetched(waits)
             self._report.events |= self._storage.take_events()
+        with self._guarded("report"):
+            self._report.encoder = self._encoder_rows.take_report()
         report, self._report = self._report, StepReport()
         if report.is_empty():
             return None

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.fake_runner import NUM_LAYERS, Error, FakeRunner
-from vlcache_connector import __version__, cli, support
+from vlcache_connector import __version__, cli, identity, support
 from vlcache_connector.calibration import (
     Calibration,
     LayerSchedule,
@@ -53,7 +53,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             return runner
 
         monkeypatch.setattr(cli.calibration, "Runner", start)
-        monkeypatch.setattr(support, "weights_fingerprint", lambda config: FINGERPRINT)
+        monkeypatch.setattr(identity, "weights_fingerprint", lambda config: FINGERPRINT)
         shape = SimpleNamespace(num_layers=NUM_LAYERS)
         monkeypatch.setattr(support, "kv_shape", lambda config: shape)
         monkeypatch.setattr(cli.calibration, "_ENVIRONMENT", {})

@@ -114,6 +114,16 @@ def test_vllm_still_behaves_as_fences_need() -> None:
     self_test()
 
 
+def test_the_self_test_leaves_the_seed_of_live_engines_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every chain of block hashes of the process starts from it."""
+    chosen = BlockHash(b"chosen by an engine")
+    monkeypatch.setattr(kv_cache_utils, "NONE_HASH", chosen, raising=False)
+    self_test()
+    assert chosen == kv_cache_utils.NONE_HASH
+
+
 def test_two_requests_with_the_same_prompt_share_all_hashes_without_fences() -> None:
     assert make_request("a").block_hashes == make_request("b").block_hashes
     assert len(make_request("a").block_hashes) == NUM_BLOCKS

@@ -23,6 +23,7 @@ from vlcache_connector.scheduler.gate import allowed_relations
 
 LOGGER = "vlcache_connector.scheduler.gate"
 ALL = frozenset(RELATIONS)
+SMALL_RISK: frozenset[Relation] = frozenset({"single_image", "same_ordinal"})
 NOTHING: frozenset[Relation] = frozenset()
 
 
@@ -66,17 +67,19 @@ def outcome(
     [None, UNVERIFIED, calibration(), calibration(*RELATIONS), calibration(selector="full")],
     ids=["no file", "no verification", "none passed", "all passed", "other configuration"],
 )
-def test_a_gate_that_is_off_lets_everything_through_and_says_nothing(
+def test_a_gate_that_is_off_lets_everything_through_and_says_so(
     caplog: pytest.LogCaptureFixture, known: Calibration | None
 ) -> None:
-    assert outcome(caplog, config("off"), known) == (ALL, [])
+    allowed, [(level, message)] = outcome(caplog, config("off"), known)
+    assert (allowed, level) == (ALL, logging.WARNING)
+    assert "every relation (gate=off)" in message
 
 
 @pytest.mark.parametrize("known", [None, UNVERIFIED], ids=["no file", "no verification"])
 @pytest.mark.parametrize(
-    ("gate", "expected", "level"), [("warn", ALL, logging.WARNING), ("require", NOTHING, 40)]
+    ("gate", "expected", "level"), [("warn", SMALL_RISK, logging.WARNING), ("require", NOTHING, 40)]
 )
-def test_a_model_without_verification_is_let_through_with_a_warning_or_not_at_all(
+def test_a_model_without_verification_gets_what_has_a_small_risk_or_nothing(
     caplog: pytest.LogCaptureFixture,
     gate: GateMode,
     expected: frozenset[Relation],
@@ -88,6 +91,30 @@ def test_a_model_without_verification_is_let_through_with_a_warning_or_not_at_al
     assert logged == level
     assert "there is no verification of it" in message
     assert "vlcache verify --model org/model" in message
+    if gate == "warn":
+        assert "here same_ordinal, single_image; to allow more, " in message
+        assert "set gate=off" in message
+
+
+def test_the_default_gets_what_has_a_small_risk(caplog: pytest.LogCaptureFixture) -> None:
+    allowed, [_] = outcome(caplog, VLCacheConfig(), None)
+    assert allowed == SMALL_RISK
+
+
+@pytest.mark.parametrize(
+    ("passed", "expected"),
+    [
+        ((), NOTHING),
+        (("single_image",), {"single_image"}),
+        (("single_image", "same_ordinal"), SMALL_RISK),
+        (RELATIONS, SMALL_RISK),
+    ],
+)
+def test_what_failed_with_another_configuration_is_not_taken_for_safe(
+    caplog: pytest.LogCaptureFixture, passed: tuple[Relation, ...], expected: set[Relation]
+) -> None:
+    allowed, _ = outcome(caplog, config("warn", ratio=0.05), calibration(*passed))
+    assert allowed == expected
 
 
 @pytest.mark.parametrize("gate", ["warn", "require"])
@@ -156,7 +183,7 @@ def test_a_verification_holds_for_its_own_selector_and_no_lower_ratio(
     if is_covered:
         assert (allowed, level) == ({"single_image"}, logging.INFO)
         return
-    assert allowed == (ALL if gate == "warn" else NOTHING)
+    assert allowed == ({"single_image"} if gate == "warn" else NOTHING)
     assert level == (logging.WARNING if gate == "warn" else logging.ERROR)
     assert f"selector=first_k and recompute_ratio=0.1, not with {selector} and {ratio}" in message
     assert "vlcache verify --model org/model" in message

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlcache_connector.calibration import LayerSchedule
-from vlcache_connector.protocol import Blend, Item, ItemReuse, ReusePlan, Span, Stage
+from vlcache_connector.protocol import Blend, Item, ItemReuse, Layout, Span, Stage
 from vlcache_connector.scheduler.planner import plan_reuse
 from vlcache_connector.selection import (
     Budget,
@@ -79,20 +79,19 @@ class Prompt:
     selector: RecomputeSelector
     budget: Budget
 
-    def plan(self) -> ReusePlan | None:
+    def plan(self) -> Layout | None:
         return plan_reuse(
-            "request",
             self.items,
             num_computed=self.num_computed,
             num_tokens=self.num_tokens,
-            find_donor=lambda item: f"donor of {item.key}" if item.key in self.stored else None,
+            donors={i.index: f"donor of {i.key}" for i in self.items if i.key in self.stored},
             select=self.select,
         )
 
     def select(self, num_tokens: int) -> Selection:
         return self.selector.select(num_tokens, self.budget)
 
-    def checked_plan(self) -> ReusePlan:
+    def checked_plan(self) -> Layout:
         plan = self.plan()
         assert plan is not None
         return plan
@@ -252,23 +251,6 @@ def test_unknown_items_are_computed_completely(prompt: Prompt, layer: int) -> No
     assert set(claimed) <= set(tokens(*plan.runs_at(layer)))
 
 
-@property_test
-@given(prompt=prompts())
-def test_donors_are_looked_for_once_and_only_where_something_is_left_to_compute(
-    prompt: Prompt,
-) -> None:
-    asked: list[Item] = []
-    plan_reuse(
-        "request",
-        prompt.items,
-        num_computed=prompt.num_computed,
-        num_tokens=prompt.num_tokens,
-        find_donor=lambda item: asked.append(item),
-        select=prompt.select,
-    )
-    assert asked == [item for item in prompt.items if item.span.end > prompt.num_computed]
-
-
 def item(index: int, start: int, end: int, key: str) -> Item:
     return Item(index, Span(start, end), index, key=key, encoder_key=f"rows of {key}")
 
@@ -280,7 +262,7 @@ def plan_of(
     stored: str = "",
     selector: RecomputeSelector | None = None,
     budget: Budget | None = None,
-) -> ReusePlan | None:
+) -> Layout | None:
     return Prompt(
         items,
         num_tokens,
@@ -291,14 +273,13 @@ def plan_of(
     ).plan()
 
 
-def reused_spans(plan: ReusePlan, layer: int = 0) -> list[tuple[int, Span]]:
+def reused_spans(plan: Layout, layer: int = 0) -> list[tuple[int, Span]]:
     return [(reuse.item, span) for reuse in plan.reused for span in reuse.reused_at(layer)]
 
 
 def test_text_an_unknown_and_a_known_item_by_example() -> None:
     plan = plan_of(item(0, 4, 14, "a"), item(1, 20, 60, "b"), num_tokens=70, stored="b")
-    assert plan == ReusePlan(
-        req_id="request",
+    assert plan == Layout(
         claim=Span(0, 60),
         reused=(ItemReuse(1, "donor of b", Span(20, 60), (Stage(0, (Span(20, 24),)),)),),
     )

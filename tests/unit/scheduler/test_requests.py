@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,17 @@ from vllm.v1.request import Request
 
 from tests.helpers.made_requests import feature, request
 from vlcache_connector.config import ConfigError, RequestOptions, VLCacheConfig
-from vlcache_connector.protocol import PrefillFigures
-from vlcache_connector.scheduler.requests import TrackedRequest, refusal_of
+from vlcache_connector.protocol import Item, PrefillFigures, ReusePlan, Span
+from vlcache_connector.scheduler.requests import (
+    Claimed,
+    Lookup,
+    Staged,
+    TrackedRequest,
+    refusal_of,
+)
+
+GATED = Lookup(Item(0, Span(0, 9), 0, "key", "rows"), "skipped", held_back="gate")
+PLAN = ReusePlan(Span(0, 9), (), "r", (0,))
 
 
 def track(made: Request) -> TrackedRequest:
@@ -78,9 +88,32 @@ def test_requests_without_a_salt_are_refused_where_they_are_not_to_share() -> No
     assert refusal_of(request(feature("a", 10, 20), cache_salt="x"), config) is None
 
 
-def test_images_that_the_client_has_named_are_refused() -> None:
-    made = request(feature("a", 10, 20), feature("client-chosen:holiday.png", 40, 20))
+@pytest.mark.parametrize("identifier", ["client-chosen:20:20:holiday.png", "8c1f:0d", ":8c1f0d"])
+def test_images_that_were_not_hashed_here_are_refused(identifier: str) -> None:
+    made = request(feature("a", 10, 20), feature(identifier, 40, 20))
     assert refusal_of(made, VLCacheConfig()) == "client_uuid"
+
+
+def test_names_are_taken_where_the_operator_trusts_them_but_no_unknown_hashes() -> None:
+    trusting = VLCacheConfig(trust_client_names=True)
+    named = feature("client-chosen:20:20:holiday.png", 40, 20)
+    assert refusal_of(request(feature("a", 10, 20), named), trusting) is None
+    assert refusal_of(request(feature("8c1f:0d", 10, 20)), trusting) == "client_uuid"
+
+
+def test_text_inside_an_item_is_part_of_its_key() -> None:
+    """A video's timestamps are tokens between its frames."""
+    inside = torch.tensor([True] * 5 + [False] + [True] * 14)
+
+    def key(timestamp: int, frame: int) -> str:
+        video = feature("v", 10, 20)
+        video.mm_position = replace(video.mm_position, is_embed=inside)
+        tokens = list(range(100))
+        tokens[15], tokens[12] = timestamp, frame
+        return track(request(video, prompt_token_ids=tokens)).item(0).key
+
+    assert key(900, 1) != key(901, 1)
+    assert key(900, 1) == key(900, 2)  # what stands where encoder rows go does not matter
 
 
 def test_an_ordinal_counts_the_items_in_front_whatever_their_index() -> None:
@@ -139,9 +172,11 @@ def test_other_errors_of_reading_options_are_not_swallowed() -> None:
 
 def test_a_report_has_the_tokens_of_the_widest_layer_and_the_sum_over_layers() -> None:
     tracked = tracked_one()
-    tracked.tier = "cpu"
-    tracked.fetch_seconds = 0.125
-    tracked.figures = PrefillFigures({0: 60, 1: 30}, 10, (30, 30, 24, 20), 0.25, 1.5)
+    tracked.staged = Staged((), waited_seconds=0.125)
+    claimed = Claimed(PLAN, {0: "cpu", 1: "cpu"}, tracked.staged)
+    tracked.claimed = claimed.loaded(
+        PrefillFigures({0: 60, 1: 30}, 10, (30, 30, 24, 20), 0.25, 1.5)
+    )
     assert tracked.report() == {
         "reused_tokens": 90,
         "recomputed_tokens": 10,
@@ -157,7 +192,7 @@ def test_a_report_has_the_tokens_of_the_widest_layer_and_the_sum_over_layers() -
 
 def test_a_report_without_reuse_is_empty_but_for_the_refusal() -> None:
     tracked = tracked_one()
-    tracked.is_gated = True
+    tracked.staged = Staged((GATED,))
     report = tracked.report()
     assert report.pop("fallback") == "gate"
     assert not any(report.values())
@@ -165,6 +200,7 @@ def test_a_report_without_reuse_is_empty_but_for_the_refusal() -> None:
 
 def test_a_fallback_is_told_before_a_refusal() -> None:
     tracked = tracked_one()
-    tracked.is_gated = True
-    tracked.figures = PrefillFigures(fallback="segment lost")
+    tracked.staged = Staged((GATED,))
+    claimed = Claimed(PLAN, {0: "cpu"}, tracked.staged)
+    tracked.claimed = claimed.loaded(PrefillFigures(fallback="segment lost"))
     assert tracked.report()["fallback"] == "segment lost"

@@ -12,6 +12,7 @@ from vlcache_connector.keys import variant_key
 from vlcache_connector.protocol import Fetched, FetchPlan, Item, Span
 from vlcache_connector.scheduler.donors import Donors
 from vlcache_connector.scheduler.index import ResidencyIndex
+from vlcache_connector.scheduler.requests import Lookup
 from vlcache_connector.scheduler.staging import Staging
 from vlcache_connector.tiers import NoAnswer
 
@@ -261,22 +262,24 @@ def test_a_lookup_tells_what_became_of_an_items_kv() -> None:
     found, missing, unasked, broken = items
     world.waits("1", *items)
     world.step()
-    assert {world.staging.lookup("1", image) for image in items} == {(None, "late")}
+    assert [world.staging.lookup("1", image) for image in items] == [
+        Lookup(image, "late") for image in items
+    ]
     world.end(kv_name("cat"))
     world.miss(kv_name("dog"))
     world.miss(kv_name("cow"), no_answer="skipped")
     world.miss(kv_name("hen"), no_answer="failed")
-    assert world.staging.lookup("1", found) == ("redis", "hit")
-    assert world.staging.lookup("1", missing) == (None, "miss")
-    assert world.staging.lookup("1", unasked) == ("redis", "skipped")
-    assert world.staging.lookup("1", broken) == ("redis", "failed")
-    assert world.staging.lookup("2", found) == (None, "miss")  # it never asked
+    assert world.staging.lookup("1", found) == Lookup(found, "hit", "redis")
+    assert world.staging.lookup("1", missing) == Lookup(missing, "miss")
+    assert world.staging.lookup("1", unasked) == Lookup(unasked, "skipped", "redis")
+    assert world.staging.lookup("1", broken) == Lookup(broken, "failed", "redis")
+    assert world.staging.lookup("2", found) == Lookup(found, "miss")  # it never asked
 
 
 def test_an_item_that_was_not_to_be_fetched_is_no_late_one() -> None:
     world = World()
     world.waits("1", item(), saved_tokens=0)
-    assert world.staging.lookup("1", item()) == (None, "miss")
+    assert world.staging.lookup("1", item()) == Lookup(item(), "miss")
 
 
 def test_the_time_that_a_request_waited_ends_with_the_wait() -> None:

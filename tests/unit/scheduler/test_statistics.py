@@ -6,14 +6,11 @@ from functools import reduce
 from typing import Any, get_args
 
 import pytest
-from vllm import SamplingParams
-from vllm.v1.request import Request
 
 from vlcache_connector import metrics
-from vlcache_connector.config import RequestOptions
 from vlcache_connector.metrics import Metric, VLCacheStats
 from vlcache_connector.protocol import (
-    Item,
+    EncoderReport,
     ItemReuse,
     Outcome,
     PrefillFigures,
@@ -25,7 +22,7 @@ from vlcache_connector.protocol import (
     WorkerState,
 )
 from vlcache_connector.scheduler.index import ResidencyIndex
-from vlcache_connector.scheduler.requests import Refusal, TrackedRequest
+from vlcache_connector.scheduler.requests import Claimed, Loaded, Refusal, Staged
 from vlcache_connector.scheduler.statistics import Statistics
 from vlcache_connector.store import RefusalReason
 from vlcache_connector.tiers import FAULTS, TIER_NAMES
@@ -63,33 +60,15 @@ def state(
     return WorkerState(tokens_per_second, {"disk": TierState(breaker, latency, speed)})
 
 
-def loaded_request(figures: PrefillFigures, **tracking: Any) -> TrackedRequest:
+def loaded_request(figures: PrefillFigures, waited_seconds: float = 0.0) -> Loaded:
     """A request with two images of 20 tokens each, behind 10 tokens of text each."""
-    spans = Span(10, 30), Span(40, 60)
-    items = tuple(Item(i, span, i, f"key {i}", f"rows {i}") for i, span in enumerate(spans))
     reused = tuple(
-        ItemReuse(
-            item.index,
-            item.key,
-            item.span,
-            (Stage(0, (Span(item.span.start, item.span.start + 2),)),),
-        )
-        for item in items
+        ItemReuse(i, f"key {i}", Span(start, start + 20), (Stage(0, (Span(start, start + 2),)),))
+        for i, start in enumerate((10, 40))
     )
-    request = Request(
-        request_id="r",
-        prompt_token_ids=list(range(70)),
-        sampling_params=SamplingParams(max_tokens=1),
-        pooling_params=None,
-    )
-    return TrackedRequest(
-        request,
-        items,
-        RequestOptions(),
-        loading=ReusePlan("r", Span(0, 60), reused),
-        figures=figures,
-        **{"tier": "disk", "tiers": {0: "cpu", 1: "disk"}} | tracking,
-    )
+    staged = Staged((), waited_seconds, "disk")
+    claimed = Claimed(ReusePlan(Span(0, 60), reused, "r", ()), {0: "cpu", 1: "disk"}, staged)
+    return claimed.loaded(figures)
 
 
 FIGURES = PrefillFigures({0: 18, 1: 18}, 4, (24, 24), load_seconds=0.5, sparse_prefill_seconds=0.25)
@@ -112,7 +91,10 @@ def test_what_was_taken_is_new_once_and_is_still_known_by_name(world: World) -> 
 
 
 EVENTS = {
-    **{f"refused.{reason}": (metrics.REFUSED, reason) for reason in (*get_args(Refusal), "gate")},
+    **{
+        f"refused.{reason}": (metrics.REFUSED, reason)
+        for reason in (*get_args(Refusal), "gate", "budget")
+    },
     **{
         f"disk.read.refused_{reason}": (metrics.REFUSED, reason)
         for reason in get_args(RefusalReason)
@@ -172,7 +154,7 @@ def test_lookups_are_counted_by_tier_and_outcome(world: World, outcome: Outcome)
 
 def test_a_loaded_request_is_counted_by_the_tiers_of_its_images(world: World) -> None:
     world.statistics.take_report(StepReport(states={0: state(tokens_per_second=20.0)}))
-    world.statistics.loaded(loaded_request(FIGURES, fetch_seconds=0.125))
+    world.statistics.loaded(loaded_request(FIGURES, waited_seconds=0.125))
     stats = world.statistics.take()
     assert values(stats, metrics.LOOKUPS) == {("cpu", "hit"): 1, ("disk", "hit"): 1}
     assert values(stats, metrics.REUSED_TOKENS) == {("cpu",): 18, ("disk",): 18}
@@ -215,7 +197,7 @@ def test_two_ranks_sum_their_bytes_and_count_tokens_and_segments_once(world: Wor
     ranks = [
         StepReport(
             stored={"a": 1},
-            encoder_stored={"a": 1},
+            encoder=EncoderReport({"a": 1}),
             figures={"r": FIGURES},
             events={"disk.read.bytes": 100 + rank},
             states={rank: state()},
@@ -225,7 +207,7 @@ def test_two_ranks_sum_their_bytes_and_count_tokens_and_segments_once(world: Wor
     report = reduce(StepReport.aggregate, ranks)
     for key, count in report.stored.items():
         world.segments.stored(key, count)
-    for key, count in report.encoder_stored.items():
+    for key, count in report.encoder.stored.items():
         world.rows.stored(key, count)
     world.statistics.take_report(report)
     [figures] = report.figures.values()

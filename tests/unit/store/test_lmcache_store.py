@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.stored import put_kv
+from tests.helpers.unordered_device import Device
 from vlcache_connector.store import LMCacheSegmentStore, lmcache_store
 from vlcache_connector.store.lmcache_pool import PAGE_BYTES
 
@@ -40,6 +41,25 @@ def make_store() -> Iterator[MakeStore]:
     yield make
     for store in stores:
         store.close()
+
+
+def test_its_threads_use_the_device_of_their_rank(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread's default is device 0, where the first call would take memory of a context."""
+    used: dict[str, int] = {}
+    for name, value in {
+        "is_available": lambda: True,
+        "current_device_index": lambda: 3,
+        "set_device_index": lambda index: used.update({threading.current_thread().name: index}),
+    }.items():
+        monkeypatch.setattr(torch.accelerator, name, value)
+    device = Device(0)
+    store = make_store(side=device)
+    assert put(store, "key", 4) > 0
+    device.drain()
+    assert store.settle(waits=True) == [("key", "kv", True)]
+    assert used == {"vlcache-store-start": 3, "vlcache-seal_0": 3}
 
 
 def kv(num_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Layers:

@@ -28,6 +28,7 @@ from vlcache_connector.store import LMCacheSegmentStore
 from vlcache_connector.streams import Side
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker.capture import SegmentCapture
+from vlcache_connector.worker.encoder import EncoderRows
 from vlcache_connector.worker.pace import Pace
 from vlcache_connector.worker.storage import Storage
 from vlcache_connector.worker.worker import WorkerSide
@@ -322,6 +323,23 @@ def test_writes_that_nobody_expects_are_ignored() -> None:
     assert len(capture) == 0
 
 
+def test_writes_that_pass_unseen_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """As those that a CUDA graph replays, or a fused kernel does."""
+    capture = make_capture()
+    with caplog.at_level("WARNING", logger="vlcache_connector.worker.capture"):
+        for item in range(2):
+            expect(capture, "unseen", item, num_tokens=2, offset=0, slots=torch.tensor([0, 1]))
+            capture.end_pass()
+            assert capture.finish("unseen", item) is None
+        written = Pass()
+        expect(capture, "1", 0, num_tokens=2, offset=0, slots=torch.tensor([0, 1]))
+        written.add(1, Span(3, 5), [0, 1])
+        written.write(capture)
+    [record] = caplog.records
+    assert "not stored" in record.getMessage()
+    assert_captured(capture, 1, 0, Span(3, 5))
+
+
 def test_writes_of_other_layers_are_ignored() -> None:
     capture, written = make_capture(), Pass()
     expect(capture, "1", 0, num_tokens=2, offset=0, slots=torch.tensor([0, 1]))
@@ -486,10 +504,12 @@ def worker(tiny_model: Callable[..., Path], store: LMCacheSegmentStore) -> Itera
         positions=lambda token_ids, features: torch.arange(len(token_ids))[None],
     )
     group = KVCacheGroupSpec(LAYERS, layers[LAYERS[0]].get_kv_cache_spec(config))
+    storage = Storage(store, shape.num_layers)
     side = WorkerSide(
         model,
         shape,
-        Storage(store, shape.num_layers),
+        storage,
+        EncoderRows(storage, torch.device("cpu")),
         rank=0,
         pace=Pace(torch.device("cpu")),
         vllm_config=config,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -10,7 +13,7 @@ import torch
 
 from vlcache_connector.config import ConfigError, VLCacheConfig
 from vlcache_connector.worker import memory
-from vlcache_connector.worker.memory import available_host_memory, check_memory
+from vlcache_connector.worker.memory import available_host_memory, check_memory, taking_turns
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 1 << 30
@@ -36,6 +39,29 @@ def test_available_memory_is_what_the_control_group_leaves(limits: dict[str, int
     assert available_host_memory() == 0
     limits["limit"] = 10 * total
     assert 0 < available_host_memory() <= total
+
+
+def test_those_that_start_together_look_at_memory_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two engines of 3 GiB each, where 4 GiB are free: one starts, the other is told."""
+    free = [4 * GIB]
+    monkeypatch.setattr(memory, "available_host_memory", lambda: free[0])
+    together = threading.Barrier(2, timeout=30)
+
+    def start() -> bool:
+        together.wait()
+        try:
+            with taking_turns():
+                check_memory(VLCacheConfig(), 3 * GIB, CPU)
+                time.sleep(0.1)  # taking so much, and touching it, takes its time
+                free[0] -= 3 * GIB
+        except ConfigError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(lambda _: start(), range(2))) == [False, True]
 
 
 def test_host_memory_that_is_not_there_is_refused(limits: dict[str, int | None]) -> None:

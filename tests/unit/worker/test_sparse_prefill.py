@@ -99,7 +99,7 @@ def jobs_of(draw: st.DrawFn, number: int, may_blend: bool) -> PrefillJob:
         position = end
     claim = Span(start, max(position, start + 1) + draw(st.integers(0, 2)))
     blocks = tuple(range(100 * number, 100 * number + -(-claim.end // BLOCK)))[::-1]
-    plan = ReusePlan(f"request {number}", claim, tuple(reused), captures, blocks)
+    plan = ReusePlan(claim, tuple(reused), f"request {number}", blocks, captures)
     return make_job(number, plan, items)
 
 
@@ -323,7 +323,7 @@ def test_rows_of_several_requests_share_a_pass_up_to_the_limit() -> None:
     jobs = [
         make_job(
             number,
-            ReusePlan(f"{number}", Span(0, 6), (scattered,), {}, (2 * number, 2 * number + 1)),
+            ReusePlan(Span(0, 6), (scattered,), f"{number}", (2 * number, 2 * number + 1)),
             [ITEM],
         )
         for number in range(2)
@@ -524,7 +524,7 @@ def example(
 ) -> PrefillJob:
     """A request of `end` tokens; its reused items are exactly their spans."""
     items = [Item(r.item, r.span, r.item, "kv", "rows") for r in reuse]
-    return make_job(0, ReusePlan("request", Span(0, end), reuse, {}, block_ids), items)
+    return make_job(0, ReusePlan(Span(0, end), reuse, "request", block_ids), items)
 
 
 LAYERED = ItemReuse(
@@ -641,7 +641,7 @@ def test_keys_of_layers_that_are_not_checked_are_not_kept() -> None:
 def test_encoder_rows_follow_the_mask_of_their_item() -> None:
     mask = (True, False, True, True, False, True)
     item = Item(0, Span(1, 7), 0, "kv", "rows", is_embed=mask)
-    job = make_job(0, ReusePlan("request", Span(0, 8), (), {}, (0, 1)), [item])
+    job = make_job(0, ReusePlan(Span(0, 8), (), "request", (0, 1)), [item])
     engine = Engine(max_tokens=3)
     engine.run([job])
     rows = [[part.flatten().tolist() for part in f.encoder_rows] for f in engine.forwards]
@@ -655,7 +655,7 @@ def test_encoder_rows_follow_the_mask_of_their_item() -> None:
 
 def test_a_part_of_an_item_without_any_row_adds_none() -> None:
     item = Item(0, Span(0, 4), 0, "kv", "rows", is_embed=(False, False, True, True))
-    job = make_job(0, ReusePlan("request", Span(0, 4), (), {}, (0,)), [item])
+    job = make_job(0, ReusePlan(Span(0, 4), (), "request", (0,)), [item])
     engine = Engine(max_tokens=2)
     engine.run([job])
     assert [len(forward.encoder_rows) for forward in engine.forwards] == [0, 1]
