@@ -53,6 +53,8 @@ from results import Spread, with_suffix, write_text
 from rich.console import Console
 from serving import CELL_PX, ROOT, SERVER_ENV, make_image
 
+from vlcache_connector.store import SegmentId
+
 SCHEMA = 1
 PARTS = ("bandwidth", "tiers", "gate")
 PLACES = ("cold", "redis", "disk", "cpu", "device")
@@ -258,24 +260,24 @@ def _steps(
         return True
 
     def forget() -> bool:
-        store.remove(name.key, "kv")
+        store.remove(SegmentId(name.key, "kv"))
         device.remove(name.key)
         drop_from_page_cache(folder)
         return True
 
     def check() -> bool:
-        store.check_encoded(name.key, "kv", objects)
+        store.check_encoded(SegmentId(name.key, "kv"), objects, tokens)
         return True
 
     put()
-    encoded = store.get_encoded(name.key, "kv")
+    encoded = store.get_encoded(SegmentId(name.key, "kv"))
     objects = [memoryview(bytearray(part)) for part in encoded.objects]
     encoded.release()
     steps: list[tuple[str, Callable[[], Any]]] = [
         ("", forget),
         ("host: put", put),
-        ("host: get", lambda: copy_out(store.get(name.key, "kv"))),
-        ("device: put", lambda: device.promote(store.get(name.key, "kv"), LAYERS)),
+        ("host: get", lambda: copy_out(store.get(SegmentId(name.key, "kv")))),
+        ("device: put", lambda: device.promote(store.get(SegmentId(name.key, "kv")), LAYERS)),
         ("device: get", lambda: copy_out(device.get(name.key))),
     ]
     for tier in tiers:
@@ -292,7 +294,7 @@ def _steps(
         steps.append((f"{tier.name}: get", read))
     # What a worker does with a segment that came from below.
     steps += [("host: check", check)]
-    steps += [("host: admit", lambda: store.put_encoded(name.key, "kv", objects))]
+    steps += [("host: admit", lambda: store.put_encoded(SegmentId(name.key, "kv"), objects))]
     return sum(map(len, objects)), steps
 
 

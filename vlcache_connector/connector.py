@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from . import weights
 from .calibration import load_for
 from .identity import check_identity, model_fingerprint, weights_fingerprint
 from .metrics import VLCachePromMetrics, VLCacheStats
@@ -88,6 +89,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             if uncaptured := uncaptured_steps(vllm_config):
                 logger.warning("VLCache: %s", uncaptured)
             self._scheduler = self._make_scheduler_side()
+            weights.listen(self._scheduler.reset)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -280,9 +282,9 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return self.request_finished(request, block_ids[0])
 
     def reset_cache(self) -> bool | None:
-        """Drop all stored segments."""
+        """Drop all stored segments; vLLM asks for it when weights are about to change, too."""
         if self._scheduler is not None:
-            self._scheduler.reset()
+            weights.may_have_changed()
         return True
 
     # -- metrics ----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from . import weights
 from .protocol import EncoderPlan, EncoderReport
 from .scheduler.encoder import ENCODER_ROWS, EncoderRows
 from .support import can_store, no_content_hashes, own_transfer
@@ -46,6 +47,7 @@ class VLCacheEncoderConnector(ECConnectorBase):
             if own_transfer(vllm_config) is None and (reason := no_content_hashes(vllm_config)):
                 logger.warning("VLCache keeps no encoder outputs: %s", reason)
             self._rows = ENCODER_ROWS.get(vllm_config)
+            weights.listen(self._rows.reset)
 
     @property
     def is_producer(self) -> bool:

@@ -279,6 +279,8 @@ class FetchPlan:
     """Of a segment of this many tokens, per rank; a larger value is not what it says."""
     saved_tokens: int
     """Tokens that need not be computed once it is there; 0: not to be weighed."""
+    num_tokens: int
+    """Tokens, or encoder rows, that it must have."""
 
 
 Outcome = Literal["hit", "miss", "late", "skipped", "failed"]
@@ -336,6 +338,9 @@ class EncoderPlan(ECConnectorMetadata):
 
     step: int = 0
     """Counts the plans; 0: nothing is to be done."""
+    generation: int = 0
+    """Of the weights, see `weights.generation`; it rises only with steps for which they are in
+    place."""
     dropped: list[str] = field(default_factory=list)
     """Content keys of evicted rows."""
     loads: dict[str, str] = field(default_factory=dict)

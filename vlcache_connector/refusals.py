@@ -66,7 +66,7 @@ def _data_parallel_experts(config: VllmConfig) -> int | None:
 
 
 def _architecture(config: VllmConfig, is_refused: bool) -> str | None:
-    return ", ".join(config.model_config.architectures) if is_refused else None
+    return config.model_config.architecture if is_refused else None
 
 
 def _kv_dtype(config: VllmConfig) -> str | None:

@@ -155,6 +155,17 @@ SEAMS: tuple[Seam, ...] = (
         "identifier mm_position mm_hash",
     ),
     *_replaced(
+        "vllm.v1.engine.core:EngineCore",
+        "weights.py",
+        collective_rpc="method timeout args kwargs",
+        set_weight_version="weight_version",
+    ),
+    _takes(
+        "vllm.model_executor.model_loader.weight_checksum:_weights",
+        "worker/checksum.py",
+        "model",
+    ),
+    *_replaced(
         "vllm.model_executor.model_loader.base_loader:BaseModelLoader",
         "worker/loaded.py",
         load_model="vllm_config model_config prefix",
@@ -295,7 +306,7 @@ SEAMS: tuple[Seam, ...] = (
     _has(
         "vllm.config:ModelConfig",
         "support.py",
-        "model dtype hf_config architectures multimodal_config is_multimodal_model uses_mrope "
+        "model dtype hf_config architecture multimodal_config is_multimodal_model uses_mrope "
         "get_num_layers get_num_kv_heads get_head_size get_inputs_embeds_size",
     ),
     _has("vllm.config:MultiModalConfig", "support.py", "mm_processor_cache_gb"),
@@ -339,7 +350,7 @@ SEAMS: tuple[Seam, ...] = (
         "model_config cache_config parallel_config lora_config speculative_config "
         "attention_config compilation_config kv_transfer_config ec_transfer_config",
     ),
-    _has("vllm.config:ModelConfig", "refusals.py", "architectures is_mm_prefix_lm use_mla"),
+    _has("vllm.config:ModelConfig", "refusals.py", "architecture is_mm_prefix_lm use_mla"),
     _has("vllm.config:CacheConfig", "refusals.py", "cache_dtype kv_offloading_size"),
     _has(
         "vllm.config:ParallelConfig",

@@ -12,6 +12,7 @@ import torch
 from vllm.platforms import current_platform
 
 from tests.helpers.engine import IMAGE, VIDEO, Answer, Ask, Engine
+from vlcache_connector.store import SegmentId
 
 FULL = {"recompute_ratio": 1.0}
 A, B, C = (11, 224), (12, 336, 224), (13, 224)
@@ -150,7 +151,7 @@ def cold_then_warm(llm: Any, ask: Ask) -> tuple[list[Answer], np.ndarray, np.nda
         [warm] = run(llm, [ask])
     finally:
         injection.write_kv = original
-    with worker._storage.get(key, "kv") as segment:
+    with worker._storage.get(SegmentId(key, "kv")) as segment:
         stored = [np.stack([part.numpy() for part in segment.layer(i)]) for i in range(4)]
         return [cold, warm], np.stack(stored), np.stack(list(written.values()))
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine, EngineError
 from tests.helpers.stored import put_kv
+from vlcache_connector.store import SegmentId
 
 A, B = (71, 224), (72, 336, 224)
 _donors = itertools.count()
@@ -55,7 +56,7 @@ def lose_a_segment(llm: Any) -> None:
     _, worker = sides(llm)
     for key, kind in list(worker._storage.host._resident):
         if kind == "kv":
-            worker._storage.host.remove(key, "kv")
+            worker._storage.host.remove(SegmentId(key, "kv"))
 
 
 def store_another_shape(llm: Any) -> None:
@@ -64,7 +65,7 @@ def store_another_shape(llm: Any) -> None:
     for key, kind in list(worker._storage.host._resident):
         if kind != "kv":
             continue
-        with worker._storage.get(key, "kv") as segment:
+        with worker._storage.get(SegmentId(key, "kv")) as segment:
             layers = [
                 tuple(part[:-1].clone() for part in segment.layer(i))
                 for i in range(len(worker._model.layer_names))
@@ -135,8 +136,8 @@ def test_a_lost_segment_is_computed_instead(
 def lose_everything(llm: Any) -> None:
     """The worker's store loses all segments and encoder rows, unknown to the scheduler side."""
     _, worker = sides(llm)
-    for key, kind in list(worker._storage.host._resident):
-        worker._storage.host.remove(key, kind)
+    for segment in list(worker._storage.host._resident):
+        worker._storage.host.remove(SegmentId(*segment))
 
 
 def test_lost_encoder_rows_are_computed_in_the_same_step(

@@ -13,6 +13,7 @@ from local_redis import LocalRedis, find_server
 
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine
 from tests.helpers.quick_start import KV_BLOCKS
+from vlcache_connector.store import SegmentId
 
 A, B = (171, 224), (172, 336, 224)
 DONOR = Ask(f"see {IMAGE} and {IMAGE}", (A, B))
@@ -228,7 +229,7 @@ def lose_fetched(llm: Any) -> None:
 
     def get(key: str, kind: Any) -> Any:
         if kind == "kv":
-            storage.remove(key, kind)
+            storage.remove(SegmentId(key, kind))
         return original(key, kind)
 
     storage.get = get

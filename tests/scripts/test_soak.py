@@ -15,6 +15,8 @@ import stress
 from local_redis import find_server
 from stress import Ask, Result
 
+from vlcache_connector.store import SegmentId
+
 
 def answer(reused: int = 0, shift: float = 0.0) -> Result:
     logprobs = np.full((1, 8), -2.0 + shift, np.float32)
@@ -177,7 +179,7 @@ def test_wrong_command_lines_are_refused(capsys: pytest.CaptureFixture[str]) -> 
 def leak_a_handle(llm: Any, tell: stress.Tell) -> None:
     _, worker, _ = stress._sides(llm)
     [key, *_] = (key for key, kind in worker._storage.host._resident if kind == "kv")
-    worker.leaked = worker._storage.host.get(key, "kv")
+    worker.leaked = worker._storage.host.get(SegmentId(key, "kv"))
 
 
 def leak_blocks(llm: Any, tell: stress.Tell) -> None:
@@ -188,7 +190,7 @@ def leak_blocks(llm: Any, tell: stress.Tell) -> None:
 def lose_a_segment(llm: Any, tell: stress.Tell) -> None:
     _, worker, _ = stress._sides(llm)
     [key, *_] = (key for key, kind in worker._storage.host._resident if kind == "encoder")
-    worker._storage.host.remove(key, "encoder")
+    worker._storage.host.remove(SegmentId(key, "encoder"))
 
 
 def spoil_the_accounts(llm: Any, tell: stress.Tell) -> None:
@@ -198,7 +200,7 @@ def spoil_the_accounts(llm: Any, tell: stress.Tell) -> None:
 def spoil_a_byte(llm: Any, tell: stress.Tell) -> None:
     _, worker, _ = stress._sides(llm)
     [name, *_] = (name for name in worker._storage.host._resident if name[1] == "kv")
-    with worker._storage.host.get(*name) as segment:
+    with worker._storage.host.get(name) as segment:
         segment.layer(0)[0][0] += 1
 
 

@@ -18,7 +18,7 @@ from local_redis import LocalRedis, free_port
 from tests.helpers.stored import put_kv
 from vlcache_connector import cli
 from vlcache_connector.cli import console, inspection
-from vlcache_connector.store import LMCacheSegmentStore, RefusedObject
+from vlcache_connector.store import LMCacheSegmentStore, RefusedObject, SegmentId
 from vlcache_connector.store.objects import check_objects
 from vlcache_connector.tiers import Deadline, DiskTier, Name, RedisTier, Tier
 
@@ -43,7 +43,7 @@ def encoded() -> Mapping[str, Objects]:
     made: dict[str, Objects] = {}
 
     def keep(store: LMCacheSegmentStore, name: str, kind: Any) -> None:
-        segment = store.get_encoded(KEYS[name], kind)
+        segment = store.get_encoded(SegmentId(KEYS[name], kind))
         assert segment is not None
         made[name] = [bytes(part) for part in segment.objects]
         segment.release()
@@ -158,7 +158,7 @@ def damaged(objects: Sequence[bytes]) -> Objects:
 def test_objects_are_checked_without_a_model(encoded: Mapping[str, Objects]) -> None:
     def check(key: str, kind: Any, objects: Sequence[bytes]) -> str:
         try:
-            check_objects(key, kind, [memoryview(bytearray(part)) for part in objects])
+            check_objects(SegmentId(key, kind), [memoryview(bytearray(part)) for part in objects])
         except RefusedObject as refusal:
             return refusal.reason
         return "sound"

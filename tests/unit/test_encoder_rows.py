@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.multimodal.inputs import PlaceholderRange
 
+from tests.helpers.made_requests import content
+from vlcache_connector.config import VLCacheConfig
 from vlcache_connector.keys import encoder_key
 from vlcache_connector.protocol import EncoderPlan, EncoderReport
 from vlcache_connector.scheduler.encoder import EncoderRows
@@ -25,8 +27,8 @@ from vlcache_connector.worker.storage import Storage
 
 WIDTH, ROWS = 8, 4
 ROW_BYTES = WIDTH * 4
-IMAGES = [f"{number:064x}" for number in range(6)]
-"""vLLM's identifiers: content hashes."""
+IMAGES = [content(f"{ROWS}:{ROWS}:{number:064x}") for number in range(6)]
+"""Identifiers of items that were hashed here."""
 
 
 def make_index(num_images: int, num_ranks: int) -> ResidencyIndex:
@@ -41,7 +43,15 @@ def make_rows(index: ResidencyIndex, *, can_store: bool = True) -> EncoderRows:
 
 def request_for(image: str) -> Any:
     place = PlaceholderRange(offset=0, length=ROWS)
-    return SimpleNamespace(mm_features=[SimpleNamespace(identifier=image, mm_position=place)])
+    return SimpleNamespace(
+        mm_features=[
+            SimpleNamespace(identifier=image, mm_position=place, modality="image", data=None)
+        ]
+    )
+
+
+def no_encoder(modality: str, data: Any) -> torch.Tensor:
+    raise AssertionError("promised rows are there")
 
 
 def output(num_tokens: int) -> Any:
@@ -130,7 +140,7 @@ class World:
         for _, plan in plans:
             rank.begin_step(plan)
             cache: dict[str, torch.Tensor] = {}
-            rank.load(plan, cache)
+            rank.load(plan, cache, no_encoder)
             assert cache.keys() == loaded, "Encoder cache miss"
             for image, rows in cache.items():
                 assert (rows == IMAGES.index(image)).all()

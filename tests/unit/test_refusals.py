@@ -254,6 +254,12 @@ def test_images_without_content_hashes_are_said_to_turn_it_off(
         assert inert_reason(engine_config(tiny_model(), **{option: value})) is None
 
 
+def test_a_model_that_other_classes_run_is_left_alone(tiny_model: Callable[..., Path]) -> None:
+    reason = inert_reason(engine_config(tiny_model(), model_impl="transformers")) or ""
+    assert reason.startswith("architecture TransformersMultiModalForCausalLM is untested; ")
+    assert inert_reason(engine_config(tiny_model(), model_impl="vllm")) is None
+
+
 # -- the KV cache and CUDA graphs ---------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.helpers.unordered_device import Device
 from vlcache_connector import streams
 from vlcache_connector.rope import RotarySpec
-from vlcache_connector.store import LMCacheSegmentStore, Segment, SegmentInfo
+from vlcache_connector.store import LMCacheSegmentStore, Segment, SegmentId, SegmentInfo
 from vlcache_connector.streams import Leaving, Outbox, Ring, StagedSegment, upload
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker import loader
@@ -39,7 +39,7 @@ def make_segment(number: int, num_layers: int, tokens: int) -> Segment:
     """K and V of values that no other segment has, in two objects."""
     kv = torch.arange(num_layers * 2 * tokens * 16, dtype=torch.float32) + 1e5 * number
     kv = kv.view(num_layers, 2, tokens, 2, 8)
-    info = SegmentInfo(str(number), "kv", tokens, None)
+    info = SegmentInfo(SegmentId(str(number), "kv"), tokens, None)
     return Segment(info, [kv[:1], kv[1:]], lambda _: None)
 
 
@@ -366,12 +366,12 @@ def test_a_segment_can_be_opened_while_it_is_on_its_way(
     device = Device(seed)
     store = make_store(device)
     expected = put(store, device, "key")
-    assert store.contains("key", "kv")
-    with store.get("key", "kv") as segment:
+    assert store.contains(SegmentId("key", "kv"))
+    with store.get(SegmentId("key", "kv")) as segment:
         for layer in range(7):
             for found, part in zip(segment.layer(layer), expected[layer], strict=True):
                 assert torch.equal(found, part)
-    assert store.settle() == [("key", "kv", True)]
+    assert store.settle() == [(SegmentId("key", "kv"), True)]
     assert store.settle() == []
     store.check_integrity()
 
@@ -383,9 +383,9 @@ def test_what_turns_out_not_to_be_valid_is_not_stored(
     device = Device(1)
     store = make_store(device)
     put(store, device, "key", valid=False)
-    assert store.settle(waits=True) == [("key", "kv", False)]
-    assert not store.contains("key", "kv")
-    assert store.get("key", "kv") is None
+    assert store.settle(waits=True) == [(SegmentId("key", "kv"), False)]
+    assert not store.contains(SegmentId("key", "kv"))
+    assert store.get(SegmentId("key", "kv")) is None
     assert store.usage().bytes_used == 0
 
 
@@ -396,8 +396,8 @@ def test_what_is_removed_on_its_way_keeps_its_memory_until_it_has_arrived(
     device = Device(1)
     store = make_store(device)
     put(store, device, "key")
-    store.remove("key", "kv")
-    assert not store.contains("key", "kv")
+    store.remove(SegmentId("key", "kv"))
+    assert not store.contains(SegmentId("key", "kv"))
     assert store.usage().bytes_used > 0
     assert store.settle(waits=True) == []
     assert store.usage().bytes_used == 0
@@ -420,7 +420,7 @@ def test_what_is_abandoned_keeps_its_memory_until_nothing_is_copied_to_it(
     assert store.settle(waits=True) == []
     assert torch.equal(target, source)
     assert store.usage().bytes_used == 0
-    assert store.get("key", "kv") is None
+    assert store.get(SegmentId("key", "kv")) is None
     store.check_integrity()
 
 
@@ -434,7 +434,7 @@ def test_the_scheduler_side_is_told_of_what_is_not_stored_after_all(
     put(store, device, "good")
     put(store, device, "bad", valid=False)
     assert storage.flush(1.0)
-    assert storage.settle([], []) == [Admission("bad", "kv", False)]
+    assert storage.settle([], []) == [Admission(SegmentId("bad", "kv"), False)]
     assert storage.settle([], []) == []
 
 

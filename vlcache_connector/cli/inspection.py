@@ -141,7 +141,7 @@ class Inspector:
                 objects = self._read(entry)
                 if objects is None:
                     return "gone"
-                check_objects(entry.name.key, entry.name.kind, objects)
+                check_objects(entry.name.id, objects)
             except RefusedObject as refusal:
                 return Damage(entry, refusal.reason, str(refusal))
             return "sound"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .. import weights
 from ..config import VLCacheConfig
 from ..content import may_be_kept
 from ..halves import OnePerEngine
@@ -55,6 +56,7 @@ class EncoderRows:
         self.num_encoded = 0
         """Rows that vLLM's own encoder computes in the step that is being scheduled."""
         self._step = 0
+        self._generation = weights.generation()
         self._planned: tuple[SchedulerOutput | None, EncoderPlan] = (None, EncoderPlan())
 
     def num_bytes(self, num_embeds: int) -> int:
@@ -94,17 +96,26 @@ class EncoderRows:
         if is_kept and self.index.reserve(key, num_bytes):
             self._saves[feature.identifier] = key
 
-    def plan(self, output: SchedulerOutput) -> EncoderPlan:
+    def reset(self) -> None:
+        """Forget all rows; those of the step that is being scheduled as well."""
+        self.index.clear()
+        self._loads, self._saves = {}, {}
+
+    def plan(self, output: SchedulerOutput, *, fetches: bool = False) -> EncoderPlan:
         """What the workers do with encoder rows in this step; the same plan for both halves.
 
         Args:
             output: of the step; tells it from others.
+            fetches: something is looked for below host memory in this step.
         """
         if self._planned[0] is not output:
             self.index.settle()
             self._step += 1
+            if fetches or output.total_num_scheduled_tokens:
+                self._generation = weights.generation()
             plan = EncoderPlan(
                 self._step,
+                self._generation,
                 dropped=self.index.take_evicted(),
                 loads=self._loads,
                 inputs=self._inputs,

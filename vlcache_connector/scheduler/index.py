@@ -130,8 +130,8 @@ class ResidencyIndex:
         return evicted
 
     def clear(self) -> None:
-        """Evict everything that is ready."""
-        for key in [k for k, entry in self._entries.items() if entry.ranks_missing == 0]:
+        """Forget everything, what is being written as well."""
+        for key in list(self._entries):
             self.lost(key)
 
     def take_events(self) -> Counter[IndexEvent]:

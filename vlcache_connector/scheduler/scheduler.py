@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from ..calibration import LayerSchedule, Relation
-from ..config import VLCacheConfig
+from ..config import RequestOptions, VLCacheConfig
 from ..protocol import Item, Layout, Outcome, PrefillFigures, ReusePlan, StepPlan, StepReport
 from ..support import KVShape
 from .budget import Fit, StepBudget, Work
@@ -125,6 +125,8 @@ class SchedulerSide:
         self._finishing: dict[str, tuple[TrackedRequest, dict[str, Any]]] = {}
         self._step_reuse: list[ReusePlan] = []
         self._finished: list[str] = []
+        self._cancelled: list[str] = []
+        """Requests whose captures were given up since the last step."""
         self._kv_cache_manager: KVCacheManager | None = None
         self_test()
         self._fence = PrefixFence(hash_block_size)
@@ -405,7 +407,7 @@ class SchedulerSide:
 
     def build_step_plan(self, output: SchedulerOutput) -> StepPlan:
         """Everything the workers do in this step."""
-        cancelled = []
+        cancelled, self._cancelled = self._cancelled, []
         for req_id in output.preempted_req_ids or ():
             tracked = self._requests.get(req_id)
             if self._captures is not None and tracked is not None and tracked.capturing:
@@ -441,7 +443,7 @@ class SchedulerSide:
             plan.fetches, plan.admitted, plan.unwanted = self._staging.take_plans()
         self._segments.settle()
         plan.dropped_segments = self._segments.take_evicted()
-        plan.encoder = self._encoder_rows.plan(output)
+        plan.encoder = self._encoder_rows.plan(output, fetches=bool(plan.fetches))
         return plan
 
     def update_from_report(self, report: StepReport) -> None:
@@ -493,8 +495,17 @@ class SchedulerSide:
         return {"vlcache": params}
 
     def reset(self) -> None:
-        """Drop everything that is stored."""
+        """Forget everything: what is stored, being stored and being fetched."""
         if self._canonical is not None:
             self._canonical.clear()
+        if self._staging is not None:
+            self._staging.reset()
+        for req_id, tracked in self._requests.items():
+            if self._captures is not None and tracked.capturing:
+                self._captures.give_up(tracked)
+                self._cancelled.append(req_id)
+            if tracked.request.num_computed_tokens:
+                # Its KV so far, which all that follows attends to, may be of other weights.
+                tracked.options = RequestOptions(enabled=False)
         self._segments.clear()
-        self._encoder_rows.index.clear()
+        self._encoder_rows.reset()

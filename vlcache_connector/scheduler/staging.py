@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..protocol import Fetched, FetchPlan, Item, Outcome, slowest
 from ..store import Kind
@@ -31,6 +31,8 @@ class _Fetch:
     candidates: dict[str, int | None]
     """Content key -> the ordinal of that variant; None for encoder rows."""
     ended: Fetched | None = None
+    is_stale: bool = False
+    """The weights may have changed since it began."""
 
 
 @dataclass
@@ -147,7 +149,8 @@ class Staging:
             return False
         self._running[name] = fetch
         most = int(fetch.num_bytes * _LARGER) + _HEADERS
-        plan = FetchPlan(tuple(fetch.candidates), fetch.kind, most, fetch.saved_tokens)
+        num_tokens = len(fetch.item.span) if fetch.kind == "kv" else fetch.item.num_embeds
+        plan = FetchPlan(tuple(fetch.candidates), fetch.kind, most, fetch.saved_tokens, num_tokens)
         self._fetches.append(plan)
         return True
 
@@ -160,6 +163,8 @@ class Staging:
                 self._settle(name, fetch, fetch.ended)
 
     def _settle(self, name: str, fetch: _Fetch, ended: Fetched) -> None:
+        if fetch.is_stale:
+            ended = replace(ended, key=None, no_answer="skipped")
         for ticket in self._tickets.values():
             if name in ticket.running:
                 ticket.ended[name] = ended
@@ -222,6 +227,17 @@ class Staging:
             return Lookup(item, "late")
         outcome: Outcome = "hit" if ended.key is not None else ended.no_answer or "miss"
         return Lookup(item, outcome, ended.tier)
+
+    def reset(self) -> None:
+        """Forget what was fetched; requests that still wait ask anew."""
+        begun = {plan.keys[0] for plan in self._fetches}
+        self._running = {
+            name: replace(fetch, is_stale=True)
+            for name, fetch in self._running.items()
+            if name not in begun and (fetch.ended is None or fetch.ended.ranks < self._num_ranks)
+        }
+        self._unwanted += self._admitted
+        self._tickets, self._fetches, self._admitted = {}, [], []
 
     def forget(self, req_id: str) -> None:
         """A request has ended."""

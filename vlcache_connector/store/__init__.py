@@ -9,7 +9,7 @@ from vlcache_connector.store.base import (
     StoreCounters,
     StoreUsage,
 )
-from vlcache_connector.store.codec import Kind, RefusalReason, RefusedObject
+from vlcache_connector.store.codec import Kind, RefusalReason, RefusedObject, SegmentId
 from vlcache_connector.store.lmcache_store import LMCacheSegmentStore
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "RefusalReason",
     "RefusedObject",
     "Segment",
+    "SegmentId",
     "SegmentInfo",
     "SegmentStore",
     "StoreCounters",

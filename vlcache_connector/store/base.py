@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vlcache_connector.store.header import REFUSAL_REASONS, Kind, RefusalReason
+from vlcache_connector.store.header import REFUSAL_REASONS, Kind, RefusalReason, SegmentId
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,13 @@ class SegmentInfo:
     """What a stored segment says about itself.
 
     Attributes:
-        key: content key it is stored under.
-        kind: "kv" or "encoder".
+        id: what it is stored under.
         num_tokens: tokens of the segment ("encoder": rows).
         positions: the donor's base RoPE positions, int64 `[rows, num_tokens]` with 1 (RoPE) or 3
             (M-RoPE) rows; None for "encoder".
     """
 
-    key: str
-    kind: Kind
+    id: SegmentId
     num_tokens: int
     positions: Tensor | None
 
@@ -76,7 +74,7 @@ class Segment:
             if index < part.shape[0]:
                 return part[index]
             index -= part.shape[0]
-        raise IndexError(f"segment {self.info.key!r} has no layer {layer}")
+        raise IndexError(f"segment {self.info.id.key!r} has no layer {layer}")
 
     def rows(self) -> Tensor:
         """The encoder's output, `[n, width]`: a view into host memory if it is one object, else
@@ -97,9 +95,9 @@ class Segment:
 
     def _require(self, kind: Kind) -> None:
         if self._on_release is None:
-            raise RuntimeError(f"segment {self.info.key!r} was released")
-        if self.info.kind != kind:
-            raise RuntimeError(f"segment {self.info.key!r} is of kind {self.info.kind!r}")
+            raise RuntimeError(f"segment {self.info.id.key!r} was released")
+        if self.info.id.kind != kind:
+            raise RuntimeError(f"segment {self.info.id.key!r} is of kind {self.info.id.kind!r}")
 
     def __enter__(self) -> Segment:
         return self
@@ -167,17 +165,15 @@ class EncodedSegment:
     `release` belongs to the store's own thread; until then the memory is neither freed nor reused.
 
     Attributes:
-        key: content key.
-        kind: "kv" or "encoder".
+        id: what the segment is stored under.
         objects: the segment's objects in order, as `codec` wrote them.
     """
 
     def __init__(
-        self, key: str, kind: Kind, objects: Sequence[memoryview], on_release: Callable[[], None]
+        self, segment: SegmentId, objects: Sequence[memoryview], on_release: Callable[[], None]
     ) -> None:
         """Made by stores; `on_release` is called once."""
-        self.key = key
-        self.kind: Kind = kind
+        self.id = segment
         self.objects = objects
         self._on_release: Callable[[], None] | None = on_release
 
@@ -267,37 +263,42 @@ class SegmentStore(ABC):
         """
 
     @abstractmethod
-    def settle(self, *, waits: bool = False) -> list[tuple[str, Kind, bool]]:
-        """What `KVWriter.finish` and `put_encoder` have taken and has now been copied: key, kind,
-        and whether it is stored.
+    def settle(self, *, waits: bool = False) -> list[tuple[SegmentId, bool]]:
+        """What `KVWriter.finish` and `put_encoder` have taken and has now been copied, and
+        whether it is stored.
 
         Args:
             waits: for all that is still being copied.
         """
 
     @abstractmethod
-    def put_encoded(self, key: str, kind: Kind, objects: Sequence[memoryview]) -> int:
+    def put_encoded(self, segment: SegmentId, objects: Sequence[memoryview]) -> int:
         """Store a segment that comes encoded, after `check_encoded`.
 
         Replaces and returns as `put_encoder`.
         """
 
     @abstractmethod
-    def check_encoded(self, key: str, kind: Kind, objects: Sequence[memoryview]) -> None:
+    def check_encoded(
+        self, segment: SegmentId, objects: Sequence[memoryview], num_tokens: int
+    ) -> None:
         """Check objects of unknown content, every byte of them; may be called from any thread.
+
+        Args:
+            num_tokens: tokens, or encoder rows, that the segment must have.
 
         Raises:
             RefusedObject: they are not this segment, or not one that this store could hold.
         """
 
     @abstractmethod
-    def get_encoded(self, key: str, kind: Kind) -> EncodedSegment | None:
+    def get_encoded(self, segment: SegmentId) -> EncodedSegment | None:
         """A segment's objects as they are stored, None if it is not; the caller has to release
         them.
         """
 
     @abstractmethod
-    def get(self, key: str, kind: Kind) -> Segment | None:
+    def get(self, segment: SegmentId) -> Segment | None:
         """Open a segment for reading; the caller has to release it.
 
         Returns:
@@ -306,11 +307,11 @@ class SegmentStore(ABC):
         """
 
     @abstractmethod
-    def contains(self, key: str, kind: Kind) -> bool:
+    def contains(self, segment: SegmentId) -> bool:
         """Whether the segment is stored. Does not read it: `get` may still refuse it."""
 
     @abstractmethod
-    def remove(self, key: str, kind: Kind) -> None:
+    def remove(self, segment: SegmentId) -> None:
         """Forget the segment, if it is stored. Open handles stay valid and keep their memory."""
 
     @abstractmethod

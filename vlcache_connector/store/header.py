@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgpack
 import numpy as np
@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 
 Kind = Literal["kv", "encoder"]
+
+
+class SegmentId(NamedTuple):
+    """What a segment is stored under: its content key, and whether it is KV or encoder rows."""
+
+    key: str
+    kind: Kind
+
+
 RefusalReason = Literal["format", "version", "identity", "shape", "checksum"]
 REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)
 
@@ -90,6 +99,11 @@ class ObjectHeader:
     positions_rows: int
     num_tokens: int
     checksum: int = 0
+
+    @property
+    def id(self) -> SegmentId:
+        """Of the segment that the object is a part of."""
+        return SegmentId(self.key, self.kind)
 
     @property
     def payload_bytes(self) -> int:

@@ -23,7 +23,7 @@ from vlcache_connector.store.base import (
     StoreCounters,
     StoreUsage,
 )
-from vlcache_connector.store.codec import Kind, ObjectHeader, RefusedObject
+from vlcache_connector.store.codec import ObjectHeader, RefusedObject, SegmentId
 from vlcache_connector.store.grouping import groupings
 from vlcache_connector.store.lmcache_pool import (
     PAGE_BYTES,
@@ -44,9 +44,9 @@ logger = logging.getLogger(__name__)
 MAX_OBJECT_BYTES = 256 << 20
 
 
-def object_id(key: str, kind: Kind, group: int) -> int:
+def object_id(segment: SegmentId, group: int) -> int:
     """64 bits that LMCache finds an object by. A collision is refused: the header has the key."""
-    text = f"{kind}/{group}/{key}".encode()
+    text = f"{segment.kind}/{group}/{segment.key}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
@@ -58,12 +58,8 @@ class _Room:
     objects: Sequence[MemoryObj]
 
     @property
-    def key(self) -> str:
-        return self.headers[0].key
-
-    @property
-    def kind(self) -> Kind:
-        return self.headers[0].kind
+    def id(self) -> SegmentId:
+        return self.headers[0].id
 
     @property
     def ids(self) -> list[int]:
@@ -159,12 +155,12 @@ class LMCacheSegmentStore(SegmentStore):
         self._sealer = None
         if side is not None:
             self._sealer = ThreadPoolExecutor(1, "vlcache-seal", initializer=same_device())
-        self._arriving: dict[tuple[str, Kind], _Arriving] = {}
+        self._arriving: dict[SegmentId, _Arriving] = {}
         self._writing: list[_Room] = []
         self._unwanted: list[_Arriving] = []
         """Removed while they were arriving, or never finished."""
-        self._settled: list[tuple[str, Kind, bool]] = []
-        self._resident: dict[tuple[str, Kind], list[int]] = {}
+        self._settled: list[tuple[SegmentId, bool]] = []
+        self._resident: dict[SegmentId, list[int]] = {}
         self._reading: dict[Segment | EncodedSegment, list[MemoryObj]] = {}
         self._pool = LMCachePool(
             model_name=model_name,
@@ -188,7 +184,7 @@ class LMCacheSegmentStore(SegmentStore):
 
     def _finish(self, room: _Room, valid: Tensor | None) -> int:
         self._writing.remove(room)
-        self.remove(room.key, room.kind)
+        self.remove(room.id)
         if any(map(self._pool.contains, room.ids)):
             self._give_back(room)
             self.counters.put_failed += 1
@@ -210,7 +206,7 @@ class LMCacheSegmentStore(SegmentStore):
     def put_encoder(self, key: str, rows: Tensor) -> int:
         if rows.dim() != 2 or rows.numel() == 0:
             raise ValueError(f"encoder rows are [n, width], not {tuple(rows.shape)}")
-        unit = self._unit("encoder", key, (1, rows.shape[1]), rows.shape[0])
+        unit = self._unit(SegmentId(key, "encoder"), (1, rows.shape[1]), rows.shape[0])
         template = replace(unit, dtype=codec.dtype_name(rows.dtype))
         room = self._make_room(template, rows.shape[0])
         if room is None:
@@ -218,57 +214,57 @@ class LMCacheSegmentStore(SegmentStore):
         parts = rows.split([header.shape[0] for header in room.headers])
         return self._take_in(room, list(zip(room.payloads(), parts, strict=True)))
 
-    def settle(self, *, waits: bool = False) -> list[tuple[str, Kind, bool]]:
+    def settle(self, *, waits: bool = False) -> list[tuple[SegmentId, bool]]:
         if waits:
             wait([it.sealed for it in (*self._arriving.values(), *self._unwanted)])
-        for key, kind in [name for name, it in self._arriving.items() if it.sealed.done()]:
-            self._arrive(key, kind)
+        for segment in [name for name, it in self._arriving.items() if it.sealed.done()]:
+            self._arrive(segment)
         for arriving in [it for it in self._unwanted if it.sealed.done()]:
             self._unwanted.remove(arriving)
             release(arriving.room.objects)
         settled, self._settled = self._settled, []
         return settled
 
-    def _arrive(self, key: str, kind: Kind) -> None:
+    def _arrive(self, segment: SegmentId) -> None:
         """Keep what is arriving, as soon as it is here."""
-        arriving = self._arriving.pop((key, kind), None)
+        arriving = self._arriving.pop(segment, None)
         if arriving is None:
             return
         try:
             arriving.sealed.result()
             is_stored = arriving.valid is None or bool(arriving.valid)
         except Exception:
-            logger.exception("Segment %s (%s) could not be copied from the device", key, kind)
+            logger.exception("Segment %s (%s) could not be copied from the device", *segment)
             is_stored = False
         room = arriving.room
         if is_stored:
-            self._keep(key, kind, room.ids, room.objects)
+            self._keep(segment, room.ids, room.objects)
         else:
             release(room.objects)
             self.counters.put_failed += 1
-        self._settled.append((key, kind, is_stored))
+        self._settled.append((segment, is_stored))
 
-    def get(self, key: str, kind: Kind) -> Segment | None:
-        self._arrive(key, kind)
+    def get(self, segment: SegmentId) -> Segment | None:
+        self._arrive(segment)
         objects: list[MemoryObj] = []
         try:
-            opened = self._read(key, kind, objects, verify=self._verify)
+            opened = self._read(segment, objects, verify=self._verify)
         except RefusedObject as refusal:
             self.counters.refused[refusal.reason] += 1
-            logger.warning("Stored segment %s (%s) refused: %s", key, kind, refusal)
+            logger.warning("Stored segment %s (%s) refused: %s", *segment, refusal)
             opened = None
         if opened is None:
             release(objects)
             return None
         header, parts = opened
-        info = SegmentInfo(key, kind, header.num_tokens, codec.unpack_positions(header))
-        segment = Segment(info, parts, self._release)
-        self._reading[segment] = objects
-        return segment
+        info = SegmentInfo(segment, header.num_tokens, codec.unpack_positions(header))
+        handle = Segment(info, parts, self._release)
+        self._reading[handle] = objects
+        return handle
 
-    def put_encoded(self, key: str, kind: Kind, objects: Sequence[memoryview]) -> int:
-        self.remove(key, kind)
-        ids = [object_id(key, kind, group) for group in range(len(objects))]
+    def put_encoded(self, segment: SegmentId, objects: Sequence[memoryview]) -> int:
+        self.remove(segment)
+        ids = [object_id(segment, group) for group in range(len(objects))]
         memory = None
         if not any(map(self._pool.contains, ids)):
             memory = self._allocate([len(part) for part in objects])
@@ -277,14 +273,19 @@ class LMCacheSegmentStore(SegmentStore):
             return 0
         for obj, part in zip(memory, objects, strict=True):
             obj.tensor.numpy().data[:] = part
-        return self._keep(key, kind, ids, memory)
+        return self._keep(segment, ids, memory)
 
-    def check_encoded(self, key: str, kind: Kind, objects: Sequence[memoryview]) -> None:
-        complete(self._decode(key, kind, iter(as_buffers(objects)), verify=True), len(objects))
+    def check_encoded(
+        self, segment: SegmentId, objects: Sequence[memoryview], num_tokens: int
+    ) -> None:
+        buffers = iter(as_buffers(objects))
+        header, _ = complete(self._decode(segment, buffers, verify=True), len(objects))
+        if header.num_tokens != num_tokens:
+            raise RefusedObject("shape", f"of {header.num_tokens} tokens, not {num_tokens}")
 
-    def get_encoded(self, key: str, kind: Kind) -> EncodedSegment | None:
-        self._arrive(key, kind)
-        ids = self._resident.get((key, kind))
+    def get_encoded(self, segment: SegmentId) -> EncodedSegment | None:
+        self._arrive(segment)
+        ids = self._resident.get(segment)
         if ids is None:
             return None
         objects = [obj for id_ in ids if (obj := self._pool.get(id_)) is not None]
@@ -292,18 +293,18 @@ class LMCacheSegmentStore(SegmentStore):
             release(objects)
             return None
         parts = [obj.tensor.numpy().data for obj in objects]
-        segment = EncodedSegment(key, kind, parts, lambda: self._release(segment))
-        self._reading[segment] = objects
-        return segment
+        handle = EncodedSegment(segment, parts, lambda: self._release(handle))
+        self._reading[handle] = objects
+        return handle
 
-    def contains(self, key: str, kind: Kind) -> bool:
-        return (key, kind) in self._resident or (key, kind) in self._arriving
+    def contains(self, segment: SegmentId) -> bool:
+        return segment in self._resident or segment in self._arriving
 
-    def remove(self, key: str, kind: Kind) -> None:
-        arriving = self._arriving.pop((key, kind), None)
+    def remove(self, segment: SegmentId) -> None:
+        arriving = self._arriving.pop(segment, None)
         if arriving is not None:
             self._unwanted.append(arriving)
-        self._pool.remove(self._resident.pop((key, kind), ()))
+        self._pool.remove(self._resident.pop(segment, ()))
 
     def kv_bytes(self, num_tokens: int) -> int:
         template = self._kv_layer("k" * 256, bytes(12 * num_tokens), 3)
@@ -316,8 +317,8 @@ class LMCacheSegmentStore(SegmentStore):
         return StoreUsage(self._pool.allocated_bytes, self._budget, num_segments)
 
     def clear(self) -> None:
-        for key, kind in [*self._resident, *self._arriving]:
-            self.remove(key, kind)
+        for segment in [*self._resident, *self._arriving]:
+            self.remove(segment)
 
     def check_integrity(self) -> None:
         self._settled = self.settle(waits=True)
@@ -325,14 +326,14 @@ class LMCacheSegmentStore(SegmentStore):
         require(used <= self._budget, f"{used} bytes used of {self._budget}")
         borrowed = [*self._reading.values(), *(room.objects for room in self._writing)]
         self._pool.check_integrity(obj for objects in borrowed for obj in objects)
-        for (key, kind), ids in self._resident.items():
+        for segment, ids in self._resident.items():
             objects: list[MemoryObj] = []
             try:
-                opened = self._read(key, kind, objects, verify=True)
+                opened = self._read(segment, objects, verify=True)
                 complete = opened is not None and len(objects) == len(ids)
-                require(complete, f"segment {key!r} ({kind}) is not complete")
+                require(complete, f"{segment} is not complete")
             except RefusedObject as refusal:
-                raise AssertionError(f"segment {key!r} ({kind}): {refusal}") from refusal
+                raise AssertionError(f"{segment}: {refusal}") from refusal
             finally:
                 release(objects)
 
@@ -351,14 +352,14 @@ class LMCacheSegmentStore(SegmentStore):
     def _kv_layer(self, key: str, positions: bytes, positions_rows: int) -> ObjectHeader:
         """Header of one layer, for `groupings`."""
         num_tokens = len(positions) // (4 * positions_rows)
-        unit = self._unit("kv", key, (1, 2, num_tokens, *self._head_shape), num_tokens)
+        unit = self._unit(SegmentId(key, "kv"), (1, 2, num_tokens, *self._head_shape), num_tokens)
         return replace(unit, positions=positions, positions_rows=positions_rows)
 
-    def _unit(self, kind: Kind, key: str, shape: tuple[int, ...], num_tokens: int) -> ObjectHeader:
+    def _unit(self, segment: SegmentId, shape: tuple[int, ...], num_tokens: int) -> ObjectHeader:
         return ObjectHeader(
             format_version=codec.FORMAT_VERSION,
-            kind=kind,
-            key=key,
+            kind=segment.kind,
+            key=segment.key,
             fingerprint=self._fingerprint,
             group=0,
             num_groups=1,
@@ -372,7 +373,7 @@ class LMCacheSegmentStore(SegmentStore):
 
     def _make_room(self, template: ObjectHeader, num_units: int) -> _Room | None:
         """Objects for a segment of layers or rows like `template`, in place of one of its key."""
-        self.remove(template.key, template.kind)
+        self.remove(template.id)
         for headers in groupings(template, num_units, self._max_object_bytes):
             sizes = [codec.encoded_size(header) for header in headers]
             # An id that is taken by now belongs to a segment of another key.
@@ -388,7 +389,7 @@ class LMCacheSegmentStore(SegmentStore):
     def _take_in(self, room: _Room, pairs: Sequence[Pair], valid: Tensor | None = None) -> int:
         """Keep a segment once `pairs` are copied, if it is valid then."""
         if self._side is not None:
-            self._arriving[room.key, room.kind] = self._send(self._side, room, pairs, valid)
+            self._arriving[room.id] = self._send(self._side, room, pairs, valid)
             return sum(obj.get_physical_size() for obj in room.objects)
         if valid is not None and not bool(valid):
             release(room.objects)
@@ -401,8 +402,8 @@ class LMCacheSegmentStore(SegmentStore):
         except BaseException:
             release(room.objects)
             raise
-        self._settled.append((room.key, room.kind, True))
-        return self._keep(room.key, room.kind, room.ids, room.objects)
+        self._settled.append((room.id, True))
+        return self._keep(room.id, room.ids, room.objects)
 
     def _send(
         self, side: Side, room: _Room, pairs: Sequence[Pair], valid: Tensor | None
@@ -428,13 +429,13 @@ class LMCacheSegmentStore(SegmentStore):
     def _allocate(self, sizes: Sequence[int]) -> list[MemoryObj] | None:
         return self._pool.allocate(sizes) if self._has_room(sizes) else None
 
-    def _keep(self, key: str, kind: Kind, ids: list[int], objects: Sequence[MemoryObj]) -> int:
+    def _keep(self, segment: SegmentId, ids: list[int], objects: Sequence[MemoryObj]) -> int:
         self._pool.put(ids, objects)
-        self._resident[key, kind] = ids
+        self._resident[segment] = ids
         return sum(obj.get_physical_size() for obj in objects)
 
     def _read(
-        self, key: str, kind: Kind, objects: list[MemoryObj], *, verify: bool
+        self, segment: SegmentId, objects: list[MemoryObj], *, verify: bool
     ) -> tuple[ObjectHeader, list[Tensor]] | None:
         """The first header and all payloads of a segment, or None if an object is not there.
 
@@ -444,30 +445,29 @@ class LMCacheSegmentStore(SegmentStore):
 
         def buffers() -> Iterator[Tensor]:
             for group in itertools.count():
-                obj = self._pool.get(object_id(key, kind, group))
+                obj = self._pool.get(object_id(segment, group))
                 if obj is None:
                     return
                 objects.append(obj)
                 yield obj.tensor
 
-        return self._decode(key, kind, buffers(), verify=verify)
+        return self._decode(segment, buffers(), verify=verify)
 
     def _decode(
-        self, key: str, kind: Kind, buffers: Iterator[Tensor], *, verify: bool
+        self, segment: SegmentId, buffers: Iterator[Tensor], *, verify: bool
     ) -> tuple[ObjectHeader, list[Tensor]] | None:
         """The first header and all payloads of a segment, or None if there are too few buffers.
 
         Takes as many buffers as the segment has objects.
         """
         opened = decode_objects(
-            key,
-            kind,
+            segment,
             buffers,
             fingerprint=self._fingerprint,
             num_layers=self._num_layers,
             verify=verify,
         )
-        if opened is not None and kind == "kv":
+        if opened is not None and segment.kind == "kv":
             form = (opened[0].shape[3:], opened[0].dtype)
             if form != (self._head_shape, self._kv_dtype):
                 raise RefusedObject("shape", f"KV of {form} is not this store's")
@@ -478,7 +478,7 @@ class LMCacheSegmentStore(SegmentStore):
 
 
 def _ids(headers: Sequence[ObjectHeader]) -> list[int]:
-    return [object_id(header.key, header.kind, header.group) for header in headers]
+    return [object_id(header.id, header.group) for header in headers]
 
 
 def _aligned(num_bytes: int) -> int:

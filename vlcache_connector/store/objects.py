@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlcache_connector.store import codec
-from vlcache_connector.store.codec import Kind, ObjectHeader, RefusedObject
+from vlcache_connector.store.codec import ObjectHeader, RefusedObject, SegmentId
 from vlcache_connector.store.grouping import check_grouping
 
 
@@ -24,8 +24,7 @@ def as_buffers(objects: Sequence[memoryview]) -> list[Tensor]:
 
 
 def decode_objects(
-    key: str,
-    kind: Kind,
+    segment: SegmentId,
     buffers: Iterator[Tensor],
     *,
     fingerprint: str,
@@ -35,8 +34,7 @@ def decode_objects(
     """Read a segment.
 
     Args:
-        key: content key it has to be of.
-        kind: kind it has to be of.
+        segment: that it has to be.
         buffers: as many are taken as the segment has objects.
         fingerprint: model fingerprint it has to carry.
         num_layers: layers that a KV segment has to have; None: as many as its objects have.
@@ -55,13 +53,13 @@ def decode_objects(
         if buffer is None:
             return None
         header, part = codec.decode(
-            buffer, expect_key=key, expect_fingerprint=fingerprint, verify=verify
+            buffer, expect_key=segment.key, expect_fingerprint=fingerprint, verify=verify
         )
-        if header.kind != kind:
-            raise RefusedObject("identity", f"of kind {header.kind!r}, not {kind!r}")
+        if header.kind != segment.kind:
+            raise RefusedObject("identity", f"of kind {header.kind!r}, not {segment.kind!r}")
         headers.append(header)
         parts.append(part)
-    if kind == "encoder":
+    if segment.kind == "encoder":
         num_units = headers[0].num_tokens
     elif num_layers is None:
         num_units = sum(header.shape[0] for header in headers)
@@ -84,7 +82,7 @@ def complete(
     return opened
 
 
-def check_objects(key: str, kind: Kind, objects: Sequence[memoryview]) -> None:
+def check_objects(segment: SegmentId, objects: Sequence[memoryview]) -> None:
     """Check objects, every byte of them, without knowing the model that they are of.
 
     Raises:
@@ -93,6 +91,6 @@ def check_objects(key: str, kind: Kind, objects: Sequence[memoryview]) -> None:
     buffers = as_buffers(objects)
     fingerprint = codec.read_header(buffers[0]).fingerprint if buffers else ""
     opened = decode_objects(
-        key, kind, iter(buffers), fingerprint=fingerprint, num_layers=None, verify=True
+        segment, iter(buffers), fingerprint=fingerprint, num_layers=None, verify=True
     )
     complete(opened, len(objects))

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from typing_extensions import Buffer
 
-from ..store import Kind
+from ..store import Kind, SegmentId
 
 TierName = Literal["disk", "redis"]
 TIER_NAMES: tuple[TierName, ...] = get_args(TierName)
@@ -56,6 +56,11 @@ class Name:
     key: str
     rank: int
     num_ranks: int
+
+    @property
+    def id(self) -> SegmentId:
+        """Of the segment, on whatever rank."""
+        return SegmentId(self.key, self.kind)
 
 
 @dataclass(frozen=True)

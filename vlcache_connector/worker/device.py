@@ -109,7 +109,7 @@ class DeviceSegments:
             self._side.hold(kv)
             arrived = [self._side.copy([pair], start) for pair in zip(kv, layers, strict=True)]
             copy = _Copy(kv, self._side, arrived)
-        self._segments[segment.info.key] = segment.info, copy
+        self._segments[segment.info.id.key] = segment.info, copy
         self._used += num_bytes
         info = segment.info
         self._leaving.add(segment.release)

@@ -13,7 +13,7 @@ import torch
 from vllm.logger import init_logger
 
 from ..protocol import EncoderPlan, EncoderReport
-from ..store import Segment
+from ..store import Segment, SegmentId
 from .ranks import all_ranks_have, in_lockstep
 from .storage import Storage
 
@@ -48,9 +48,13 @@ class EncoderRows:
         if plan.step <= self._step:
             return
         self._step = plan.step
+        self._storage.follow(plan.generation)
         self._awaited = set(plan.saves.values())
         for key in plan.dropped:
-            self._storage.remove(key, "encoder")
+            try:
+                self._storage.remove(SegmentId(key, "encoder"))
+            except Exception:
+                logger.exception("VLCache: encoder rows %s could not be removed", key[:16])
 
     def load(
         self, plan: EncoderPlan, encoder_cache: dict[str, torch.Tensor], encode: Encode
@@ -73,7 +77,7 @@ class EncoderRows:
                 encoder_cache[name] = found[name] if ok else encode(*plan.inputs[name])
 
     def _on_device(self, key: str) -> torch.Tensor:
-        segment = self._storage.get(key, "encoder")
+        segment = self._storage.get(SegmentId(key, "encoder"))
         if segment is None:
             raise KeyError(key)
         rows = segment.rows().to(self._device, non_blocking=True, copy=True)
@@ -82,7 +86,7 @@ class EncoderRows:
 
     def get(self, key: str, num_rows: int) -> Segment | None:
         """Open stored rows, so many of them; the caller has to release them."""
-        segment = self._storage.get(key, "encoder")
+        segment = self._storage.get(SegmentId(key, "encoder"))
         if segment is not None and segment.info.num_tokens == num_rows:
             return segment
         if segment is not None:

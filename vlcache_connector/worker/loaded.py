@@ -9,18 +9,35 @@ from __future__ import annotations
 
 import functools
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from .. import weights
 from ..attention import hook
-from ..support import own_transfer
+from ..support import config_of, own_transfer, uses_vlcache
+from ..tiers import configured
+from .checksum import checksum
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-_loaded: list[tuple[weakref.ref[ModelConfig], weakref.ref[torch.nn.Module]]] = []
+
+logger = init_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    config: weakref.ref[ModelConfig]
+    model: weakref.ref[torch.nn.Module]
+    checksum: str | None
+    """Of its weights as they were loaded; None where nobody will ask."""
+
+
+_loaded: list[_Loaded] = []
 
 
 def watch_model_loading() -> None:
@@ -37,11 +54,18 @@ def watch_model_loading() -> None:
     def load_model(
         self: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> torch.nn.Module:
-        if own_transfer(vllm_config) is None:
+        if not uses_vlcache(vllm_config):
             return original(self, vllm_config, model_config, prefix)
-        hook.install()
+        if own_transfer(vllm_config) is not None:
+            hook.install()
         model = original(self, vllm_config, model_config, prefix)
-        _loaded.append((weakref.ref(model_config), weakref.ref(model)))
+        tiers = configured(config_of(vllm_config))
+        _loaded.append(
+            _Loaded(
+                weakref.ref(model_config), weakref.ref(model), checksum(model) if tiers else None
+            )
+        )
+        weights.watch(model)
         return model
 
     load_model._vlcache_original = original  # type: ignore[attr-defined]
@@ -54,10 +78,24 @@ def loaded_model(vllm_config: VllmConfig) -> torch.nn.Module:
     Raises:
         RuntimeError: no loader was seen; the plugin was not active when the model was loaded.
     """
-    for config_ref, model_ref in reversed(_loaded):
-        model = model_ref()
-        if model is not None and config_ref() is vllm_config.model_config:
-            return model
+    return _find(vllm_config)[1]
+
+
+def holds_what_was_loaded(vllm_config: VllmConfig) -> bool:
+    """Whether the model has the weights that it was loaded with."""
+    loaded, model = _find(vllm_config)
+    try:
+        return checksum(model) == loaded.checksum
+    except Exception:
+        logger.exception("VLCache: the weights can't be compared with those that were loaded")
+        return False
+
+
+def _find(vllm_config: VllmConfig) -> tuple[_Loaded, torch.nn.Module]:
+    for loaded in reversed(_loaded):
+        model = loaded.model()
+        if model is not None and loaded.config() is vllm_config.model_config:
+            return loaded, model
     raise RuntimeError(
         "VLCache did not see the model being loaded: the vLLM plugin `vlcache` was not active. "
         "Install the package (its entry point is in vllm.general_plugins) and, if VLLM_PLUGINS is "

@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 
 from ..attention.metadata import slots_of
 from ..protocol import Item, ReusePlan, Span
-from ..store import Segment
+from ..store import Segment, SegmentId
 from ..streams import Ring, Staged, StagedSegment, upload
 from ..support import KVShape
 from .encoder import EncoderRows
@@ -107,7 +107,7 @@ class Loader:
         for reuse in entry.plan.reused:
             if self._storage.is_on_device(reuse.donor):
                 entry.on_device.add(reuse.item)
-            segment = self._storage.get(reuse.donor, "kv")
+            segment = self._storage.get(SegmentId(reuse.donor, "kv"))
             if segment is None:
                 continue
             entry.segments[reuse.item] = segment

@@ -6,28 +6,33 @@ disk and Redis get a copy of everything that is stored, and give it back on dema
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from ..identity import check_identity, model_fingerprint
 from ..protocol import Fetched, FetchPlan, TierState
-from ..store import Kind, KVWriter, LMCacheSegmentStore, Segment, SegmentStore
+from ..store import KVWriter, LMCacheSegmentStore, Segment, SegmentId, SegmentStore
 from ..streams import Leaving, Side, make_side
 from ..support import config_of, kv_shape
 from ..tiers import open_tiers
 from .device import DeviceSegments
+from .loaded import holds_what_was_loaded
 from .memory import check_memory, host_memory, taking_turns
 from .pace import Pace
-from .ranks import own_rank
+from .ranks import all_ranks_have, own_rank
 from .transfers import Admission, Transfers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
 
 
 class Storage:
@@ -40,6 +45,7 @@ class Storage:
         transfers: to and from the tiers below host memory, if there are any.
         side: a stream for copies beside the model's own, if there is one.
         leaving: what is read by copies is released through it.
+        is_unchanged: whether the weights are those that were loaded; by its result all ranks go.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class Storage:
         transfers: Transfers | None = None,
         side: Side | None = None,
         leaving: Leaving | None = None,
+        is_unchanged: Callable[[], bool] = lambda: True,
     ) -> None:
         self.host = host
         self.side = side
@@ -59,6 +66,26 @@ class Storage:
         self._num_layers = num_layers
         self._device = device
         self._transfers = transfers
+        self._is_unchanged = is_unchanged
+        self._generation = 0
+
+    def follow(self, generation: int) -> None:
+        """The weights may have changed: below host memory is what the loaded ones made.
+
+        Args:
+            generation: of the weights, see `weights.generation`.
+        """
+        if generation == self._generation:
+            return
+        self._generation = generation
+        if self._transfers is not None:
+            try:
+                is_same = self._is_unchanged()
+            except Exception:
+                logger.exception("VLCache: what the weights are now is not known")
+                is_same = False
+            [is_same] = all_ranks_have([is_same])
+            self._transfers.set_open(is_same)
 
     def open_kv(self, key: str, positions: Tensor) -> KVWriter | None:
         """Begin to store a KV segment, see `SegmentStore.open_kv`; `keep_kv` ends it."""
@@ -80,31 +107,32 @@ class Storage:
 
     def _take_in(self, *, waits: bool = False) -> None:
         """Hand on what host memory has complete by now."""
-        for key, kind, is_stored in self.host.settle(waits=waits):
+        for segment, is_stored in self.host.settle(waits=waits):
             if not is_stored:
-                self._failed.append(Admission(key, kind, is_stored=False))
+                self._failed.append(Admission(segment, is_stored=False))
             elif self._transfers is not None:
-                self._transfers.write(key, kind)
+                self._transfers.write(segment)
 
-    def get(self, key: str, kind: Kind) -> Segment | None:
+    def get(self, segment: SegmentId) -> Segment | None:
         """Open a segment in device or host memory; the caller has to release it."""
-        if self._device is None or kind != "kv":
-            return self.host.get(key, kind)
-        segment = self._device.get(key)
-        if segment is None:
-            segment = self.host.get(key, kind)
-            if segment is not None:
-                segment = self._device.promote(segment, self._num_layers)
-        return segment
+        if self._device is None or segment.kind != "kv":
+            return self.host.get(segment)
+        found = self._device.get(segment.key)
+        if found is None:
+            found = self.host.get(segment)
+            if found is not None:
+                found = self._device.promote(found, self._num_layers)
+        return found
 
     def is_on_device(self, key: str) -> bool:
         """Whether `get` needs no copy from host memory."""
         return self._device is not None and key in self._device
 
-    def remove(self, key: str, kind: Kind) -> None:
+    def remove(self, segment: SegmentId) -> None:
         """Forget a segment in device and host memory."""
-        self._forget_copy(key)
-        self.host.remove(key, kind)
+        if segment.kind == "kv":
+            self._forget_copy(segment.key)
+        self.host.remove(segment)
 
     def _forget_copy(self, key: str) -> None:
         if self._device is not None:
@@ -209,5 +237,11 @@ def open_storage(vllm_config: VllmConfig, pace: Pace) -> Storage:
     if config.device_bytes:
         copies = DeviceSegments(config.device_bytes, device, side, leaving)
     return Storage(
-        host, shape.num_layers, device=copies, transfers=transfers, side=side, leaving=leaving
+        host,
+        shape.num_layers,
+        device=copies,
+        transfers=transfers,
+        side=side,
+        leaving=leaving,
+        is_unchanged=functools.partial(holds_what_was_loaded, vllm_config),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from vllm.logger import init_logger
 
 from ..protocol import Fetched, FetchPlan, TierState, worse
-from ..store import EncodedSegment, Kind, RefusedObject, SegmentStore
+from ..store import EncodedSegment, RefusedObject, SegmentId, SegmentStore
 from ..tiers import Deadline, GuardedTier, Name, NoAnswer, TierName
 from .pace import Pace
 
@@ -24,6 +24,7 @@ logger = init_logger(__name__)
 _READERS = 4
 _WRITE_SECONDS = 10.0
 _LAST_MOMENT_SECONDS = 5.0
+_MAX_REFUSED = 4096
 _TRY_AGAIN_AFTER = 20
 """Loads that are skipped as too slow before one is made anyway: speeds change."""
 
@@ -32,8 +33,7 @@ _TRY_AGAIN_AFTER = 20
 class _Arrival:
     """A segment that was fetched and not yet admitted."""
 
-    key: str
-    kind: Kind
+    id: SegmentId
     tier: TierName
     objects: Sequence[memoryview]
 
@@ -59,8 +59,7 @@ class Admission:
         is_stored: it is in host memory now; there was no room for it otherwise.
     """
 
-    key: str
-    kind: Kind
+    id: SegmentId
     is_stored: bool
 
 
@@ -104,7 +103,21 @@ class Transfers:
         self._written: list[EncodedSegment] = []
         self._queued_bytes = 0
         self._skipped = 0
+        self._is_open = True
+        self._refused: OrderedDict[tuple[TierName, Name], None] = OrderedDict()
+        """What was not what its name says; a tier may be one that this server can't remove it
+        from."""
         self._is_closed = False
+
+    def set_open(self, is_open: bool) -> None:
+        """Whether the tiers are used; what is on its way to them arrives all the same."""
+        if is_open != self._is_open:
+            logger.warning(
+                "VLCache: the weights are %s: disk and Redis are %s",
+                "those that were loaded again" if is_open else "no longer those that were loaded",
+                "in use" if is_open else "left alone, what they hold is of those",
+            )
+        self._is_open = is_open
 
     # -- fetching ---------------------------------------------------------------------------
 
@@ -117,7 +130,9 @@ class Transfers:
     def _fetch(self, plan: FetchPlan) -> None:
         found: _Arrival | _Missing = _Missing(no_answer="failed")
         try:
-            if not self._is_closed:
+            if not self._is_open:
+                found = _Missing(no_answer="skipped")
+            elif not self._is_closed:
                 found = self._look_for(plan)
         except Exception:
             self._count("fetch.failed")
@@ -125,7 +140,7 @@ class Transfers:
         arrival = found if isinstance(found, _Arrival) else None
         ended = Fetched(
             ranks=1,
-            key=arrival.key if arrival else None,
+            key=arrival.id.key if arrival else None,
             tier=found.tier,
             num_bytes=sum(map(len, arrival.objects)) if arrival else 0,
             no_answer=None if isinstance(found, _Arrival) else found.no_answer,
@@ -163,6 +178,8 @@ class Transfers:
             if not self._is_worth(tier, num_bytes, plan.saved_tokens):
                 self._count(f"{tier.name}.read.not_worth")
                 return worse(no_answer, "skipped")
+            if self._was_refused(tier, name):
+                continue
             left = deadline.seconds_left
             objects = tier.read(name, plan.max_bytes, deadline)
             if objects is None:
@@ -173,14 +190,15 @@ class Transfers:
                 no_answer = worse(no_answer, objects)
                 continue
             try:
-                self._store.check_encoded(name.key, name.kind, objects)
+                self._store.check_encoded(name.id, objects, plan.num_tokens)
             except RefusedObject as refusal:
                 self._count(f"{tier.name}.read.refused_{refusal.reason}")
                 logger.warning("VLCache: %s segment refused: %s", tier.name, refusal)
+                self._refuse(tier, name)
                 tier.damaged(name, deadline)
                 no_answer = "failed"
                 continue
-            return _Arrival(name.key, name.kind, tier.name, objects)
+            return _Arrival(name.id, tier.name, objects)
         return no_answer
 
     def _is_worth(self, tier: GuardedTier, num_bytes: int, saved_tokens: int) -> bool:
@@ -192,6 +210,16 @@ class Transfers:
             return True
         self._skipped += 1
         return self._skipped % _TRY_AGAIN_AFTER == 0
+
+    def _refuse(self, tier: GuardedTier, name: Name) -> None:
+        with self._changed:
+            self._refused[tier.name, name] = None
+            if len(self._refused) > _MAX_REFUSED:
+                self._refused.popitem(last=False)
+
+    def _was_refused(self, tier: GuardedTier, name: Name) -> bool:
+        with self._changed:
+            return (tier.name, name) in self._refused
 
     def take_ended(self, wait_seconds: float = 0.0) -> list[tuple[str, Fetched]]:
         """Fetches that ended, by name.
@@ -216,17 +244,17 @@ class Transfers:
         if arrival is None:
             return None
         try:
-            num_bytes = self._store.put_encoded(arrival.key, arrival.kind, arrival.objects)
+            num_bytes = self._store.put_encoded(arrival.id, arrival.objects)
         except Exception:
-            logger.exception("VLCache: fetched segment %s not kept", arrival.key[:16])
+            logger.exception("VLCache: fetched segment %s not kept", arrival.id.key[:16])
             num_bytes = 0
         if num_bytes:
             above = self._tiers[: [tier.name for tier in self._tiers].index(arrival.tier)]
             if above:
-                self._write(arrival.key, arrival.kind, above)
+                self._write(arrival.id, above)
         else:
             self._count("admit.no_room")
-        return Admission(arrival.key, arrival.kind, num_bytes > 0)
+        return Admission(arrival.id, num_bytes > 0)
 
     def discard(self, name: str) -> None:
         """Throw away a fetched segment."""
@@ -264,28 +292,32 @@ class Transfers:
 
     # -- writing ----------------------------------------------------------------------------
 
-    def write(self, key: str, kind: Kind) -> None:
+    def write(self, segment: SegmentId) -> None:
         """Copy a segment of the store to all tiers, some time soon."""
-        self._write(key, kind, self._tiers)
+        self._write(segment, self._tiers)
 
-    def _write(self, key: str, kind: Kind, tiers: Sequence[GuardedTier]) -> None:
+    def _write(self, segment: SegmentId, tiers: Sequence[GuardedTier]) -> None:
         self.release_written()
-        segment = self._store.get_encoded(key, kind)
-        if segment is None:
+        if not self._is_open:
             return
-        if self._queued_bytes + segment.num_bytes > self._queue_bytes:
+        encoded = self._store.get_encoded(segment)
+        if encoded is None:
+            return
+        if self._queued_bytes + encoded.num_bytes > self._queue_bytes:
             self._count("write.queue_full")
-            segment.release()
+            encoded.release()
             return
-        self._queued_bytes += segment.num_bytes
-        self._writer.submit(self._copy, segment, tiers)
+        self._queued_bytes += encoded.num_bytes
+        self._writer.submit(self._copy, encoded, tiers)
 
     def _copy(self, segment: EncodedSegment, tiers: Sequence[GuardedTier]) -> None:
         try:
             for tier in tiers:
                 if not self._is_closed:
-                    name = Name(segment.kind, segment.key, *self._place)
-                    tier.write(name, segment.objects, Deadline(_WRITE_SECONDS))
+                    name = Name(segment.id.kind, segment.id.key, *self._place)
+                    if tier.write(name, segment.objects, Deadline(_WRITE_SECONDS)):
+                        with self._changed:
+                            self._refused.pop((tier.name, name), None)
         finally:
             with self._changed:
                 self._written.append(segment)

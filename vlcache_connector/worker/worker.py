@@ -27,7 +27,7 @@ from ..protocol import (
     StepReport,
     WorkerState,
 )
-from ..store import KVWriter
+from ..store import KVWriter, SegmentId
 from ..support import KVShape, UnsupportedError
 from .capture import SegmentCapture
 from .encoder import EncoderRows
@@ -141,18 +141,18 @@ class WorkerSide:
 
     def begin_step(self, plan: StepPlan) -> None:
         """Before anything runs: forget what is over and take in what is new."""
-        with self._guarded("drop"):
-            self._encoder_rows.begin_step(plan.encoder)
+        self._encoder_rows.begin_step(plan.encoder)
         for key in plan.dropped_segments:
             with self._guarded("drop"):
-                self._storage.remove(key, "kv")
+                self._storage.remove(SegmentId(key, "kv"))
         self._admitted += plan.admitted
         with self._guarded("admit"):
             for admission in self._storage.settle(self._admitted, plan.unwanted):
-                if admission.kind == "encoder":
-                    self._encoder_rows.settled(admission.key, is_stored=admission.is_stored)
+                key, kind = admission.id
+                if kind == "encoder":
+                    self._encoder_rows.settled(key, is_stored=admission.is_stored)
                 elif not admission.is_stored:
-                    self._report.lost.add(admission.key)
+                    self._report.lost.add(key)
             self._admitted = []
         for fetch in plan.fetches:
             with self._guarded("fetch"):

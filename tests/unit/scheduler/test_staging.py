@@ -309,3 +309,41 @@ def test_of_two_ranks_without_an_answer_the_failed_one_is_told(
 ) -> None:
     first, second = (Fetched(1, None, None, 0, answer) for answer in answers)
     assert first.merge(second).no_answer == second.merge(first).no_answer == expected
+
+
+def test_what_was_under_way_when_the_weights_changed_is_thrown_away() -> None:
+    world = World()
+    assert world.waits("settled", item("ant"))
+    assert world.waits("running", item("cat"))
+    world.step()
+    world.end(kv_name("ant"), "ant rows")  # to be admitted in the next step
+    world.staging.reset()
+    world.segments.clear()
+    world.rows.clear()
+    assert world.step() == ([], [], [kv_name("ant"), "ant rows"])
+    world.end(kv_name("cat"), "cat rows")
+    assert len(world.segments) == len(world.rows) == 0
+    assert world.step() == ([], [], [kv_name("cat"), "cat rows"])
+
+
+def test_a_request_that_waits_asks_anew_when_the_weights_changed() -> None:
+    world = World()
+    assert world.waits("1", item())
+    world.staging.reset()  # before the workers heard of it
+    assert world.waits("1", item())
+    fetches, _, _ = world.step()
+    assert [plan.keys[0] for plan in fetches] == [kv_name(), "cat rows"]
+    world.staging.reset()
+    assert world.waits("1", item())
+    assert world.step() == ([], [], [])  # what runs is of before: it is waited for, and not taken
+    world.end(kv_name(), "cat rows")
+    assert not world.waits("1", item())
+    assert len(world.segments) == len(world.rows) == 0
+
+
+def test_a_fetch_says_how_many_tokens_and_rows_there_must_be() -> None:
+    world = World()
+    made = replace(item(), is_embed=(True, False, True, True))
+    world.waits("1", made)
+    fetches, _, _ = world.step()
+    assert [(plan.kind, plan.num_tokens) for plan in fetches] == [("kv", 4), ("encoder", 3)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.helpers.stored import put_kv
 from tests.helpers.unordered_device import Device
-from vlcache_connector.store import LMCacheSegmentStore, lmcache_store
+from vlcache_connector.store import LMCacheSegmentStore, SegmentId, lmcache_store
 from vlcache_connector.store.lmcache_pool import PAGE_BYTES
 
 LAYERS, HEADS, DIM = 5, 2, 8
@@ -58,7 +58,7 @@ def test_its_threads_use_the_device_of_their_rank(
     store = make_store(side=device)
     assert put(store, "key", 4) > 0
     device.drain()
-    assert store.settle(waits=True) == [("key", "kv", True)]
+    assert store.settle(waits=True) == [(SegmentId("key", "kv"), True)]
     assert used == {"vlcache-store-start": 3, "vlcache-seal_0": 3}
 
 
@@ -77,7 +77,7 @@ def put(store: LMCacheSegmentStore, key: str, num_tokens: int, seed: int = 0) ->
 
 
 def assert_stored(store: LMCacheSegmentStore, key: str, num_tokens: int, seed: int = 0) -> None:
-    segment = store.get(key, "kv")
+    segment = store.get(SegmentId(key, "kv"))
     assert segment is not None
     with segment:
         for layer, (k, v) in enumerate(kv(num_tokens, seed)):
@@ -98,8 +98,9 @@ def test_kv_comes_back_bit_equal(
     strided = [(k, v.transpose(0, 1).contiguous().transpose(0, 1)) for k, v in layers]
     stored = put_kv(store, "image", positions(64), strided)
     assert stored == store.usage().bytes_used == store.kv_bytes(64)
-    with store.get("image", "kv") as segment:
-        assert (segment.info.key, segment.info.kind, segment.info.num_tokens) == ("image", "kv", 64)
+    with store.get(SegmentId("image", "kv")) as segment:
+        assert segment.info.id == SegmentId("image", "kv")
+        assert segment.info.num_tokens == 64
         assert torch.equal(segment.info.positions, positions(64))
         for layer, (k, v) in enumerate(layers):
             assert torch.equal(segment.layer(layer)[0], k)
@@ -121,7 +122,7 @@ def test_encoder_rows_come_back_bit_equal(make_store: MakeStore, num_objects: in
     store = make_store(max_object_bytes=rows.nbytes // num_objects + 600)
     assert store.put_encoder("image", rows) > 0
     assert len(store._pool._held) == num_objects
-    with store.get("image", "encoder") as segment:
+    with store.get(SegmentId("image", "encoder")) as segment:
         assert torch.equal(segment.rows(), rows)
         assert segment.info.num_tokens == 400
         assert segment.info.positions is None
@@ -133,11 +134,11 @@ def test_encoder_rows_come_back_bit_equal(make_store: MakeStore, num_objects: in
 def test_kinds_and_keys_do_not_meet(make_store: MakeStore) -> None:
     store = make_store()
     put(store, "image", 16)
-    assert store.contains("image", "kv")
+    assert store.contains(SegmentId("image", "kv"))
     for key, kind in (("image", "encoder"), ("other", "kv")):
-        assert not store.contains(key, kind)
-        assert store.get(key, kind) is None
-        store.remove(key, kind)
+        assert not store.contains(SegmentId(key, kind))
+        assert store.get(SegmentId(key, kind)) is None
+        store.remove(SegmentId(key, kind))
     assert sum(store.counters.refused.values()) == 0
     assert_stored(store, "image", 16)
 
@@ -164,14 +165,14 @@ def test_out_of_room_leaves_nothing_and_evicts_nothing(make_store: MakeStore) ->
         assert put(store, "one too many", 500) == 0
         assert store.put_encoder("one too many", torch.zeros(MIB)[None]) == 0
     assert store.usage() == full
-    assert not store.contains("one too many", "kv")
-    assert store.get("one too many", "kv") is None
+    assert not store.contains(SegmentId("one too many", "kv"))
+    assert store.get(SegmentId("one too many", "kv")) is None
     assert store.counters.put_failed == 7
     for seed, key in enumerate(sizes):
         assert_stored(store, key, 500, seed)
     store.check_integrity()
 
-    store.remove("image1", "kv")
+    store.remove(SegmentId("image1", "kv"))
     assert store.usage().bytes_used == full.bytes_used - sizes["image1"]
     assert put(store, "one too many", 500, seed=9) == sizes["image1"]
     assert_stored(store, "one too many", 500, seed=9)
@@ -206,7 +207,7 @@ def test_smaller_objects_go_where_large_ones_do_not_fit(make_store: MakeStore) -
     while put(store, f"small{count}", 100, seed=count):
         count += 1
     for index in range(0, count, 2):
-        store.remove(f"small{index}", "kv")
+        store.remove(SegmentId(f"small{index}", "kv"))
     whole = store.kv_bytes(300)
     assert put(store, "large", 300, seed=99) >= whole
     assert_stored(store, "large", 300, seed=99)
@@ -225,9 +226,9 @@ def test_a_segment_of_too_large_layers_is_not_stored(make_store: MakeStore) -> N
 def test_a_reader_keeps_the_memory_of_a_removed_segment(make_store: MakeStore) -> None:
     store = make_store(budget_bytes=MIB)
     stored = put(store, "image", 1000, seed=1)
-    segment = store.get("image", "kv")
-    store.remove("image", "kv")
-    assert not store.contains("image", "kv")
+    segment = store.get(SegmentId("image", "kv"))
+    store.remove(SegmentId("image", "kv"))
+    assert not store.contains(SegmentId("image", "kv"))
     assert (store.usage().bytes_used, store.usage().num_segments) == (stored, 0)
     assert put(store, "other", 1000) == 0
     assert torch.equal(segment.layer(4)[1], kv(1000, seed=1)[4][1])
@@ -238,14 +239,14 @@ def test_a_reader_keeps_the_memory_of_a_removed_segment(make_store: MakeStore) -
 
 
 def test_colliding_ids_are_refused(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lmcache_store, "object_id", lambda key, kind, group: group)
+    monkeypatch.setattr(lmcache_store, "object_id", lambda segment, group: group)
     store = make_store()
     put(store, "mine", 16)
-    assert store.get("other", "kv") is None
-    assert store.get("mine", "encoder") is None
+    assert store.get(SegmentId("other", "kv")) is None
+    assert store.get(SegmentId("mine", "encoder")) is None
     assert store.counters.refused["identity"] == 2
     assert put(store, "other", 16) == 0
-    store.remove("other", "kv")
+    store.remove(SegmentId("other", "kv"))
     assert_stored(store, "mine", 16)
     store.check_integrity()
 
@@ -257,12 +258,12 @@ def test_damage_is_refused_and_found(make_store: MakeStore, verify: bool) -> Non
     (*_, last) = store._pool._held.values()
     last.tensor[-1] ^= 1
     if verify:
-        assert store.get("image", "kv") is None
+        assert store.get(SegmentId("image", "kv")) is None
         assert store.counters.refused["checksum"] == 1
         assert store.usage().num_segments == 1
     with pytest.raises(AssertionError, match=r"'image'.*damaged"):
         store.check_integrity()
-    store.remove("image", "kv")
+    store.remove(SegmentId("image", "kv"))
     store.check_integrity()
 
 
@@ -271,7 +272,7 @@ def test_objects_of_different_segments_are_not_mixed(make_store: MakeStore) -> N
     put(store, "image", 100)
     first, second, *_ = store._pool._held.values()
     second.tensor.copy_(first.tensor)
-    assert store.get("image", "kv") is None
+    assert store.get(SegmentId("image", "kv")) is None
     assert store.counters.refused["shape"] == 1
     with pytest.raises(AssertionError, match="does not continue"):
         store.check_integrity()
@@ -309,7 +310,7 @@ def test_a_copy_that_fails_leaves_nothing(
     with pytest.raises(OSError, match="device lost"):
         put(store, "image", 10)
     assert store.usage().bytes_used == 0
-    assert not store.contains("image", "kv")
+    assert not store.contains(SegmentId("image", "kv"))
 
 
 def test_random_operations_keep_the_books(make_store: MakeStore) -> None:
@@ -326,13 +327,13 @@ def test_random_operations_keep_the_books(make_store: MakeStore) -> None:
             if stored := put(store, key, num_tokens, seed=step):
                 expected[key] = (num_tokens, step, stored)
         elif action == "get":
-            segment = store.get(key, "kv")
+            segment = store.get(SegmentId(key, "kv"))
             assert (segment is None) == (key not in expected)
             if segment is not None:
                 num_tokens, seed, _ = expected[key]
                 reading.append((segment, kv(num_tokens, seed)[-1][1]))
         elif action == "remove":
-            store.remove(key, "kv")
+            store.remove(SegmentId(key, "kv"))
             expected.pop(key, None)
         elif reading:
             reading.pop(rng.randrange(len(reading)))[0].release()
@@ -358,14 +359,14 @@ def test_close_ends_threads_and_handles(make_store: MakeStore) -> None:
     assert started
     assert all(thread.daemon for thread in started)  # a forgotten close must not hang the process
     put(store, "image", 10)
-    segment = store.get("image", "kv")
+    segment = store.get(SegmentId("image", "kv"))
     store.close()
     store.close()
     assert not any(thread.is_alive() for thread in started)
     with pytest.raises(RuntimeError, match="released"):
         segment.layer(0)
-    assert not store.contains("image", "kv")
-    for use in (lambda: put(store, "image", 10), lambda: store.get("image", "kv")):
+    assert not store.contains(SegmentId("image", "kv"))
+    for use in (lambda: put(store, "image", 10), lambda: store.get(SegmentId("image", "kv"))):
         with pytest.raises(RuntimeError, match="closed"):
             use()
 

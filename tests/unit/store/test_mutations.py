@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.stored import put_kv
-from vlcache_connector.store import Kind, LMCacheSegmentStore, RefusedObject
+from vlcache_connector.store import Kind, LMCacheSegmentStore, RefusedObject, SegmentId
 
 LAYERS, HEADS, DIM, TOKENS = 4, 2, 8, 6
 MUTATIONS = 10_000
@@ -44,7 +44,7 @@ def values() -> Iterator[dict[tuple[str, Kind], list[bytes]]]:
     stored = {}
     names: list[tuple[str, Kind]] = [("cat/0", "kv"), ("dog/0", "kv"), ("cat", "encoder")]
     for key, kind in names:
-        segment = store.get_encoded(key, kind)
+        segment = store.get_encoded(SegmentId(key, kind))
         assert segment is not None
         stored[key, kind] = [bytes(part) for part in segment.objects]
         segment.release()
@@ -94,7 +94,9 @@ def test_ten_thousand_mutated_values_are_refused_or_equal(
         (key, kind), objects = rng.choice(list(values.items()))
         mutated = mutate(rng, objects, list(values.values()))
         try:
-            store.check_encoded(key, kind, [memoryview(bytearray(part)) for part in mutated])
+            store.check_encoded(
+                SegmentId(key, kind), [memoryview(bytearray(part)) for part in mutated], TOKENS
+            )
         except RefusedObject as refusal:
             outcomes[refusal.reason] += 1
             continue
@@ -109,5 +111,17 @@ def test_ten_thousand_mutated_values_are_refused_or_equal(
 def test_whole_values_pass(values: dict[tuple[str, Kind], list[bytes]]) -> None:
     store = make_store()
     for (key, kind), objects in values.items():
-        store.check_encoded(key, kind, [memoryview(bytearray(part)) for part in objects])
+        parts = [memoryview(bytearray(part)) for part in objects]
+        store.check_encoded(SegmentId(key, kind), parts, TOKENS)
+    store.close()
+
+
+def test_a_whole_value_of_another_size_is_refused(
+    values: dict[tuple[str, Kind], list[bytes]],
+) -> None:
+    store = make_store()
+    for (key, kind), objects in values.items():
+        parts = [memoryview(bytearray(part)) for part in objects]
+        with pytest.raises(RefusedObject, match=f"of {TOKENS} tokens, not {TOKENS + 1}"):
+            store.check_encoded(SegmentId(key, kind), parts, TOKENS + 1)
     store.close()

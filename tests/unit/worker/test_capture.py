@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from tests.helpers.unordered_device import Device
 from vlcache_connector.attention import hook
 from vlcache_connector.protocol import CapturePlan, Item, RequestContext, Span, StepPlan
-from vlcache_connector.store import LMCacheSegmentStore
+from vlcache_connector.store import LMCacheSegmentStore, SegmentId
 from vlcache_connector.streams import Side
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker.capture import SegmentCapture
@@ -86,7 +86,7 @@ def stored(
     store = store_of(shape)
     if not captured.writer.finish(captured.valid):
         return None
-    with store.get(f"{name}/{item}", "kv") as segment:
+    with store.get(SegmentId(f"{name}/{item}", "kv")) as segment:
         return [torch.stack(segment.layer(layer)) for layer in range(shape.num_layers)]
 
 
@@ -460,7 +460,7 @@ def test_rows_leave_on_the_side_stream(seed: int) -> None:
         captured = capture.finish("1", 0)
         assert captured is not None
         assert captured.writer.finish(captured.valid) > 0
-        with store.get("1/0", "kv") as segment:
+        with store.get(SegmentId("1/0", "kv")) as segment:
             for layer in range(len(LAYERS)):
                 found = torch.stack(segment.layer(layer))
                 assert torch.equal(found, values_of(layer, [(1, token) for token in range(4)]))
@@ -546,4 +546,4 @@ def test_a_segment_is_stored_only_if_all_its_chunks_were_captured(
         report = worker.take_report(is_idle=False)
         stored += 0 if report is None else report.stored.get("key", 0)
     assert stored == (failing is None)
-    assert store.contains("key", "kv") == (failing is None)
+    assert store.contains(SegmentId("key", "kv")) == (failing is None)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlcache_connector.store import Segment, SegmentInfo
+from vlcache_connector.store import Segment, SegmentId, SegmentInfo
 from vlcache_connector.streams import Leaving
 from vlcache_connector.worker import device as tier
 from vlcache_connector.worker.device import DeviceSegments
@@ -21,8 +21,8 @@ def segment(key: str, released: list[str]) -> Segment:
     """A host segment in two objects, with values of its own."""
     kv = torch.arange(LAYERS * 2 * TOKENS * 2 * 8, dtype=torch.float32) + len(key)
     kv = kv.view(LAYERS, 2, TOKENS, 2, 8)
-    info = SegmentInfo(key, "kv", TOKENS, torch.zeros(3, TOKENS, dtype=torch.int64))
-    return Segment(info, [kv[:1], kv[1:]], lambda it: released.append(it.info.key))
+    info = SegmentInfo(SegmentId(key, "kv"), TOKENS, torch.zeros(3, TOKENS, dtype=torch.int64))
+    return Segment(info, [kv[:1], kv[1:]], lambda it: released.append(it.info.id.key))
 
 
 def make(budget: int) -> DeviceSegments:

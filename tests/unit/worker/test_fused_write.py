@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.helpers.triton_device import DEVICE, needs_triton
 from vlcache_connector.attention.hook import KVWriteHook, observe_kv_writes
 from vlcache_connector.rope import RotarySpec, delta_angles
-from vlcache_connector.store.base import Segment, SegmentInfo
+from vlcache_connector.store import Segment, SegmentId, SegmentInfo
 from vlcache_connector.worker import fused_write
 from vlcache_connector.worker.fused_write import choose_write, obstacle, write_fused
 from vlcache_connector.worker.injection import (
@@ -70,7 +70,8 @@ def place(angles: Tensor | None, num_slots: int = N) -> PlacedSegment:
     kv = torch.randn(
         NUM_LAYERS, 2, N, HEADS, DIM, generator=torch.Generator().manual_seed(0)
     ).bfloat16()
-    segment = Segment(SegmentInfo("key", "kv", N, None), [kv[:1], kv[1:]], lambda _: None)
+    info = SegmentInfo(SegmentId("key", "kv"), N, None)
+    segment = Segment(info, [kv[:1], kv[1:]], lambda _: None)
     slots = torch.randperm(BLOCKS * BLOCK_SIZE, generator=torch.Generator().manual_seed(1))
     return PlacedSegment(
         segment,

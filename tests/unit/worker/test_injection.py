@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlcache_connector.attention.hook import KVWriteHook, observe_kv_writes
 from vlcache_connector.rope import RotarySpec, delta_angles, rotate, shift_keys
-from vlcache_connector.store.base import Segment, SegmentInfo
+from vlcache_connector.store import Segment, SegmentId, SegmentInfo
 from vlcache_connector.worker.injection import (
     Injection,
     PlacedSegment,
@@ -53,7 +53,7 @@ def make_layer() -> Any:
 def segment(seed: int = 0, num_layers: int = NUM_LAYERS, n: int = N) -> Segment:
     generator = torch.Generator().manual_seed(seed)
     kv = torch.randn(num_layers, 2, n, HEADS, DIM, generator=generator)
-    return Segment(SegmentInfo("key", "kv", n, None), [kv[:1], kv[1:]], lambda _: None)
+    return Segment(SegmentInfo(SegmentId("key", "kv"), n, None), [kv[:1], kv[1:]], lambda _: None)
 
 
 def place(

@@ -25,7 +25,7 @@ from vlcache_connector.attention.hook import KVWriteHook
 from vlcache_connector.attention.metadata import Row, slots_of
 from vlcache_connector.protocol import Blend, Item, ItemReuse, ReusePlan, Span, Stage
 from vlcache_connector.rope import RotarySpec
-from vlcache_connector.store import KVWriter
+from vlcache_connector.store import KVWriter, SegmentId
 from vlcache_connector.store.base import Segment, SegmentInfo
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker.capture import SegmentCapture
@@ -121,7 +121,7 @@ def place(plan: ReusePlan, item: Item) -> PlacedSegment:
     kv = torch.randn(NUM_LAYERS, 2, n, HEADS, DIM, generator=generator)
     span = Span(item.span.start, min(item.span.end, plan.claim.end))
     slots = torch.from_numpy(slots_of(span, plan.block_ids, BLOCK))
-    made = Segment(SegmentInfo(item.key, "kv", n, None), [kv], lambda _: None)
+    made = Segment(SegmentInfo(SegmentId(item.key, "kv"), n, None), [kv], lambda _: None)
     return PlacedSegment(made, SPEC, slots, None)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.helpers.stored import put_kv
 from vlcache_connector.protocol import Fetched, FetchPlan, TierState
-from vlcache_connector.store import LMCacheSegmentStore
+from vlcache_connector.store import LMCacheSegmentStore, SegmentId
 from vlcache_connector.tiers import (
     CircuitBreaker,
     Deadline,
@@ -96,8 +96,14 @@ def put(store: LMCacheSegmentStore, key: str, seed: int = 0) -> torch.Tensor:
     return kv
 
 
-def fetch(moving: Transfers, *keys: str, max_bytes: int = MIB, saved_tokens: int = 8) -> Fetched:
-    moving.fetch(FetchPlan(keys, "kv", max_bytes, saved_tokens))
+def fetch(
+    moving: Transfers,
+    *keys: str,
+    max_bytes: int = MIB,
+    saved_tokens: int = 8,
+    num_tokens: int = TOKENS,
+) -> Fetched:
+    moving.fetch(FetchPlan(keys, "kv", max_bytes, saved_tokens, num_tokens))
     [(name, ended)] = moving.take_ended(wait_seconds=20.0)
     assert name == keys[0]
     return ended
@@ -109,7 +115,7 @@ def test_what_one_store_wrote_another_gets_bit_by_bit(
     first = make_store()
     kv = put(first, "a/0")
     writing = transfers(first, disk(tmp_path))
-    writing.write("a/0", "kv")
+    writing.write(SegmentId("a/0", "kv"))
     assert writing.flush(20.0)
     first.check_integrity()  # nothing is held any more
     writing.close()
@@ -118,9 +124,9 @@ def test_what_one_store_wrote_another_gets_bit_by_bit(
     reading = transfers(second, disk(tmp_path))
     ended = fetch(reading, "a/1", "a/0")
     assert (ended.key, ended.tier, ended.ranks) == ("a/0", "disk", 1)
-    assert not second.contains("a/0", "kv")  # nobody has admitted it
+    assert not second.contains(SegmentId("a/0", "kv"))  # nobody has admitted it
     reading.admit("a/1")
-    with second.get("a/0", "kv") as segment:  # type: ignore[union-attr]
+    with second.get(SegmentId("a/0", "kv")) as segment:  # type: ignore[union-attr]
         for layer in range(LAYERS):
             assert torch.equal(segment.layer(layer)[0], kv[layer, 0])
             assert torch.equal(segment.layer(layer)[1], kv[layer, 1])
@@ -144,7 +150,7 @@ def test_what_is_not_what_it_says_is_refused(
     first = make_store()
     put(first, "a/0")
     writing = transfers(first, disk(tmp_path))
-    writing.write("a/0", "kv")
+    writing.write(SegmentId("a/0", "kv"))
     assert writing.flush(20.0)
     writing.close()
     if change == "damage":
@@ -171,6 +177,55 @@ def test_what_is_not_what_it_says_is_refused(
     reading.close()
 
 
+def test_what_was_refused_is_not_asked_for_again_until_it_was_stored_anew(
+    make_store: Callable[..., LMCacheSegmentStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where this server may not remove it."""
+    monkeypatch.setattr(GuardedTier, "remove", lambda *_: 0)
+    first = make_store()
+    put(first, "a/0")
+    writing = transfers(first, disk(tmp_path))
+    writing.write("a/0", "kv")
+    assert writing.flush(20.0)
+
+    moving = transfers(make_store(), disk(tmp_path))
+    assert fetch(moving, "a/0", num_tokens=TOKENS + 1).key is None
+    assert moving.take_events()["disk.read.refused_shape"] == 1
+    assert fetch(moving, "a/0", num_tokens=TOKENS + 1).key is None
+    events = moving.take_events()
+    assert events["disk.read.refused_shape"] == events["disk.read.bytes"] == 0
+
+    store = make_store()
+    put(store, "a/0")
+    own = transfers(store, disk(tmp_path))
+    assert fetch(own, "a/0", num_tokens=TOKENS + 1).key is None
+    own.write("a/0", "kv")
+    assert own.flush(20.0)
+    assert fetch(own, "a/0").key == "a/0"
+    for each in (writing, moving, own):
+        each.close()
+
+
+def test_while_the_weights_are_others_nothing_is_read_or_written(
+    make_store: Callable[..., LMCacheSegmentStore], tmp_path: Path
+) -> None:
+    store = make_store()
+    put(store, "before/0")
+    moving = transfers(store, disk(tmp_path))
+    moving.write("before/0", "kv")
+    assert moving.flush(20.0)
+    moving.set_open(False)
+    put(store, "after/0")
+    moving.write("after/0", "kv")
+    assert moving.flush(20.0)
+    ended = fetch(moving, "before/0")
+    assert (ended.key, ended.no_answer) == (None, "skipped")
+    moving.set_open(True)
+    assert fetch(moving, "after/0").key is None
+    assert fetch(moving, "before/0").key == "before/0"
+    moving.close()
+
+
 def test_serving_never_waits_for_a_tier_and_a_full_queue_drops_the_write(
     make_store: Callable[..., LMCacheSegmentStore], tmp_path: Path
 ) -> None:
@@ -181,12 +236,12 @@ def test_serving_never_waits_for_a_tier_and_a_full_queue_drops_the_write(
     started = time.monotonic()
     for number in range(4):
         put(store, f"{number}/0", number)
-        moving.write(f"{number}/0", "kv")
+        moving.write(SegmentId(f"{number}/0", "kv"))
     assert time.monotonic() - started < 30  # the gate is still closed
     assert not moving.flush(0.1)
     assert moving.take_events()["write.queue_full"] == 2
     # What is being written keeps its memory, also when it is dropped meanwhile.
-    store.remove("0/0", "kv")
+    store.remove(SegmentId("0/0", "kv"))
     SlowDisk.gate.set()
     assert moving.flush(20.0)
     assert moving.take_events()["disk.write.calls"] == 2
@@ -203,7 +258,7 @@ def test_a_segment_found_in_a_slow_tier_moves_to_the_faster_ones(
     store = make_store()
     put(store, "a/0")
     slow = transfers(store, disk(tmp_path / "slow"))
-    slow.write("a/0", "kv")
+    slow.write(SegmentId("a/0", "kv"))
     assert slow.flush(20.0)
     slow.close()
     fast, both = disk(tmp_path / "fast"), make_store()
@@ -228,7 +283,7 @@ def test_a_load_that_takes_longer_than_computing_is_not_made(
     put(store, "a/0")
     pace = Pace(torch.device("cpu"), pinned=1000.0)
     moving = transfers(store, disk(tmp_path, speed=speed), pace=pace)
-    moving.write("a/0", "kv")
+    moving.write(SegmentId("a/0", "kv"))
     assert moving.flush(20.0)
     ended = fetch(moving, "a/0", saved_tokens=8)  # 8 ms of computing
     assert (ended.key == "a/0") == is_loaded
@@ -261,7 +316,7 @@ def test_a_read_that_takes_too_long_is_not_begun_again(
     pace = Pace(torch.device("cpu"), pinned=1000.0)
     guarded = GuardedTier(slow, CircuitBreaker("disk"))
     moving = transfers(store, guarded, pace=pace, read_seconds=0.2)
-    moving.write("a/0", "kv")
+    moving.write(SegmentId("a/0", "kv"))
     assert moving.flush(20.0)
     ended = [fetch(moving, "a/0", saved_tokens=8).no_answer for _ in range(4)]
     assert ended == ["failed", "skipped", "skipped", "skipped"]
