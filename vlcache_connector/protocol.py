@@ -171,6 +171,29 @@ class Layout:
         """Maximal stretches of the claim that decoder layer `layer` computes, in order."""
         return uncovered(self.claim, [span for r in self.reused for span in r.reused_at(layer)])
 
+    def most_rows(self, span: Span) -> int:
+        """The most stretches that the computed ones of `span`'s tokens can form in any layer.
+
+        Args:
+            span: tokens that the first layer computes.
+        """
+        inside = [reuse for reuse in self.reused if reuse.span.clip(span.start, span.end)]
+        layers = {stage.first_layer for reuse in inside for stage in reuse.stages[1:]}
+        kept = 0
+        for reuse in inside:
+            if reuse.blend is not None:
+                kept += reuse.blend.count(len(reuse.span.clip(span.start, span.end)))
+                layers.add(0)
+        most = 1
+        for layer in layers:
+            gone = [
+                part.clip(span.start, span.end)
+                for reuse in inside
+                for part in ([reuse.span] if reuse.blend else reuse.reused_at(layer))
+            ]
+            most = max(most, len(uncovered(span, [part for part in gone if part])) + kept)
+        return most
+
     @cached_property
     def num_computed(self) -> int:
         """Tokens that enter the sparse prefill."""
@@ -216,7 +239,8 @@ class ReusePlan(Layout):
     captures: dict[int, str] = field(default_factory=dict)
     """Item -> content key, of items that are computed completely inside the claim and stored."""
     encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
-    """Item -> (modality, processed inputs), where a computed item has no stored rows."""
+    """Item -> (modality, processed inputs), of all items in the claim: what is missing on a worker,
+    although it was promised, is computed there. vLLM sends the same objects to workers anyway."""
 
     def without(self, item: int) -> ReusePlan:
         """The same plan with all of `item`'s tokens computed instead of reused."""

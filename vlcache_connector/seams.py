@@ -506,6 +506,21 @@ SEAMS: tuple[Seam, ...] = (
         ),
         in_source=True,
     ),
+    Seam(
+        "vllm.lora.model_manager:LoRAModelManager",
+        "worker/model.py",
+        fields=("lora_manager", "lora_index_to_id", "_last_mapping"),
+        in_source=True,
+    ),
+    Seam(
+        "vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping",
+        "worker/model.py",
+        ("mapping",),
+        in_source=True,
+    ),
+    _takes(
+        "vllm.lora.layers:LoRAMapping", "worker/model.py", "index_mapping prompt_mapping is_prefill"
+    ),
     *_is_there(
         "worker/rotary.py",
         f"{_ROTARY}:DynamicNTKAlphaRotaryEmbedding",
@@ -550,6 +565,18 @@ SEAMS: tuple[Seam, ...] = (
         "common_prefix_len common_attn_metadata",
     ),
     _has("vllm.v1.attention.backend:AttentionBackend", "attention/metadata.py", "get_builder_cls"),
+    Seam(
+        f"{_BACKENDS}.flash_attn:FlashAttentionMetadataBuilder",
+        "attention/metadata.py",
+        fields=("scheduler_metadata",),
+        in_source=True,
+    ),
+    Seam(
+        f"{_BACKENDS}.flashinfer:FlashInferMetadataBuilder",
+        "attention/metadata.py",
+        fields=("max_num_reqs",),
+        in_source=True,
+    ),
     _has(
         "vllm.v1.kv_cache_interface:FullAttentionSpec",
         "attention/metadata.py",
@@ -583,8 +610,15 @@ def changes() -> tuple[Change, ...]:
 
 
 def intact(user: str) -> bool:
-    """Whether all that one of our files needs is there."""
-    return not check_seams(seam for seam in SEAMS if seam.user == user)
+    """Whether all that one of our files needs is there.
+
+    Raises:
+        ValueError: the table has no seams of such a file.
+    """
+    seams = [seam for seam in SEAMS if seam.user == user]
+    if not seams:
+        raise ValueError(f"no seams of {user!r}")
+    return not check_seams(seams)
 
 
 def explain(found: Iterable[Change]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -132,23 +133,56 @@ def test_a_lost_segment_is_computed_instead(
     assert_fully_recomputed(answer, engines, fault.__name__)
 
 
-def ask_without_anything(llm: Any, ask: Ask) -> list[Answer]:
-    """Run `ask` when neither segments nor encoder rows can be had."""
+def lose_everything(llm: Any) -> None:
+    """The worker's store loses all segments and encoder rows, unknown to the scheduler side."""
+    _, worker = sides(llm)
+    for key, kind in list(worker._storage.host._resident):
+        worker._storage.host.remove(key, kind)
+
+
+def test_lost_encoder_rows_are_computed_in_the_same_step(
+    engines: Callable[..., Engine], engine: Engine
+) -> None:
+    engine.call(lose_everything)
+    [answer] = engine.ask(moved("everything lost"))
+    assert answer.figures is not None
+    assert answer.figures["fallback"] == "segment lost"
+    assert_fully_recomputed(answer, engines, "everything lost")
+
+
+def ask_without(llm: Any, path: str, ask: Ask) -> Answer:
+    """Run `ask` while a method of the worker side, at `path`, raises always."""
     from tests.helpers.engine import run
 
     _, worker = sides(llm)
-    original = worker._storage.get
-    worker._storage.get = raise_fault
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, worker)
+    setattr(owner, name, raise_fault)
     try:
-        return run(llm, [ask])
+        [answer] = run(llm, [ask])
+        return answer
     finally:
-        worker._storage.get = original
+        delattr(owner, name)
+
+
+@pytest.mark.parametrize("path", ["_storage.get", "_loader.fetch", "_loader.stage"])
+def test_a_store_that_can_not_be_read_costs_nothing_but_time(
+    engines: Callable[..., Engine], engine: Engine, path: str
+) -> None:
+    answer = engine.call(ask_without, path, moved(path))
+    assert answer.finish_reason == "length"
+    if path == "_loader.stage":
+        assert answer.figures is not None
+        assert answer.figures["reused_tokens"] > 0
+    else:
+        assert_fully_recomputed(answer, engines, path)
 
 
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
-def test_broken_store_follows_vllms_policy(
+def test_a_model_that_can_not_compute_follows_vllms_policy(
     engines: Callable[..., Engine], tiny_model: Callable[..., Path], policy: str
 ) -> None:
+    """Nothing but forwards that fail again and again ends in a failed request."""
     engine = Engine(
         tiny_model(),
         None,
@@ -161,7 +195,7 @@ def test_broken_store_follows_vllms_policy(
     )
     try:
         engine.ask(DONOR)
-        [answer] = engine.call(ask_without_anything, moved(policy))
+        answer = engine.call(ask_without, "_model.forward", moved(policy))
         if policy == "recompute":
             answer = replace(answer, figures={"reused_tokens": 0})
             assert_fully_recomputed(answer, engines, policy)

@@ -242,3 +242,20 @@ def test_registering_survives_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table_can_be_read_without_vllm() -> None:
     code = "import sys, vlcache_connector.seams; assert not {'vllm', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_a_file_without_seams_is_never_intact() -> None:
+    with pytest.raises(ValueError, match=r"no seams of 'frontend\.pyy'"):
+        seams.intact("frontend.pyy")
+
+
+def test_all_files_that_are_asked_for_have_seams() -> None:
+    asked = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("intact"):
+                [argument] = node.args
+                assert isinstance(argument, ast.Constant), "a name that can be looked up"
+                asked.add(argument.value)
+    assert {"__init__.py", "frontend.py", "attention/hook.py", "worker/loaded.py"} <= asked
+    assert asked <= {seam.user for seam in SEAMS}

@@ -4,7 +4,9 @@ Every run becomes a row of its own: its queries are the run's tokens, its sequen
 position behind the run's last token, its block table is the request's. A causal varlen kernel
 aligns queries with the end of their row, so each query sees exactly the positions up to its own.
 
-vLLM seams: `CommonAttentionMetadata`, `AttentionMetadataBuilder` (`vllm/v1/attention/backend.py`).
+vLLM seams: `CommonAttentionMetadata`, `AttentionMetadataBuilder` (`vllm/v1/attention/backend.py`),
+and the buffers of `FlashAttentionMetadataBuilder` and `FlashInferMetadataBuilder`
+(`vllm/v1/attention/backends`), which bound how many rows they take.
 """
 
 from __future__ import annotations
@@ -47,8 +49,22 @@ def slots_of(span: Span, block_ids: Sequence[int], block_size: int) -> np.ndarra
     return blocks * block_size + tokens % block_size
 
 
+def max_rows_of(builder: Any) -> int | None:
+    """The most rows of metadata that a builder's buffers hold; None: any number."""
+    # FlashAttention 3 under full CUDA graphs: one entry, and four for every row.
+    buffer = getattr(builder, "scheduler_metadata", None)
+    if buffer is not None:
+        return (len(buffer) - 1) // 4
+    # FlashInfer.
+    return getattr(builder, "max_num_reqs", None)
+
+
 class MetadataFactory:
-    """Builds the metadata of a pass for all decoder layers of one KV cache group."""
+    """Builds the metadata of a pass for all decoder layers of one KV cache group.
+
+    Attributes:
+        max_rows: most rows that may be built for at a time; None: any number.
+    """
 
     def __init__(
         self,
@@ -71,6 +87,7 @@ class MetadataFactory:
                 vllm_config,
                 device,
             )
+        self.max_rows = max_rows_of(self._builder)
 
     def build(self, rows: Sequence[Row]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Metadata and slot mapping per layer name, for a forward over `rows` in order."""

@@ -33,6 +33,8 @@ _POSITION_FIELD_ENTRIES = 4096
 """Processor outputs up to this many entries (grids, timestamps) travel with a context; pixels
 do not."""
 
+_MODALITIES = ("image", "video")
+
 
 Refusal = Literal["unsupported", "unsalted", "client_uuid"]
 """Why a request with images is left to plain vLLM."""
@@ -46,8 +48,10 @@ def refusal_of(request: Request, config: VLCacheConfig) -> Refusal | None:
         or request.prompt_embeds is not None
         or request.pooling_params is not None
         or request.resumable
+        or any(feature.modality not in _MODALITIES for feature in request.mm_features)
     ):
-        # Other weights, no token ids, all hidden states wanted, or a prompt that still grows.
+        # Other weights, no token ids, all hidden states wanted, a prompt that still grows, or items
+        # that no encoder takes (embeddings as a part of the prompt) or that nobody has tried.
         return "unsupported"
     if request.cache_salt is None and not config.share_unsalted:
         return "unsalted"
@@ -108,6 +112,8 @@ class Staged:
     """The slowest tier that anything was fetched from, encoder rows included."""
     layout: Layout | None = None
     """None: nothing is claimed."""
+    to_encode: tuple[int, ...] = ()
+    """Items that the sparse prefill computes and whose encoder rows are not stored."""
     encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
     """See `ReusePlan`."""
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from .ranks import sum_over_ranks
 
-
-def most_deviating(fresh: torch.Tensor, donor: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` tokens with the largest squared distance between two sets of keys.
+def distances(fresh: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
+    """Squared distance between two sets of one rank's keys, token by token.
 
     Args:
         fresh: [n, kv_heads, head_dim] keys as this prefill computed them.
         donor: the same tokens' stored keys, at the same positions.
 
     Returns:
-        bool [n] on the CPU, the same on all tensor-parallel ranks, which hold different heads.
+        float32 [n]. Tensor-parallel ranks hold different heads: their sum tells.
     """
-    distance = (fresh.float() - donor.float()).square().sum(dim=(1, 2))
+    return (fresh.float() - donor.float()).square().sum(dim=(1, 2))
+
+
+def farthest(distance: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` tokens with the largest of distances [n]: bool [n], on the CPU."""
     chosen = torch.zeros(len(distance), dtype=torch.bool)
-    chosen[sum_over_ranks(distance).topk(count).indices.cpu()] = True
+    chosen[distance.topk(count).indices.cpu()] = True
     return chosen

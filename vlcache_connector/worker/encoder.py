@@ -44,7 +44,10 @@ class EncoderRows:
         self._storage.follow(plan.generation)
         self._awaited = set(plan.saves.values())
         for key in plan.dropped:
-            self._storage.remove(SegmentId(key, "encoder"))
+            try:
+                self._storage.remove(SegmentId(key, "encoder"))
+            except Exception:
+                logger.exception("VLCache: encoder rows %s were not removed", key[:16])
 
     def load(self, plan: EncoderPlan, encoder_cache: dict[str, torch.Tensor]) -> None:
         """Put the promised rows into vLLM's encoder cache (identifier -> rows [n, width])."""
@@ -70,8 +73,13 @@ class EncoderRows:
         return segment
 
     def put(self, key: str, rows: torch.Tensor) -> None:
-        """Keep new rows [n, width], if they are to be kept."""
+        """Keep new rows [n, width], if they are to be kept.
+
+        Rows that were promised, and computed all the same, are not on every rank: all drop them.
+        """
         if key not in self._awaited:
+            if key not in self._report.stored:
+                self._report.lost.add(key)
             return
         self._awaited.remove(key)
         try:

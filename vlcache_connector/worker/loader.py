@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from vllm.logger import init_logger
 
 from ..attention.metadata import slots_of
-from ..protocol import Item, ReusePlan, Span, StepReport
+from ..protocol import Item, ReusePlan, Span
 from ..store import Segment, SegmentId
 from ..streams import Ring, Staged, StagedSegment, upload
 from ..support import KVShape
 from .encoder import EncoderRows
 from .injection import Injection, PlacedSegment, ReusedRows, Rows, WriteRows, rotation
 from .model import SparsePrefillModel
-from .ranks import all_ranks_have
 from .sparse_prefill import PrefillJob, RequestInputs
 from .storage import Storage
 
@@ -30,43 +29,57 @@ class LoadedPlan:
     Attributes:
         segments: item -> read handle of its donor's segment.
         placed: item -> the same segment at its place in the request.
-        encoder_rows: read handles of the encoder rows that the jobs use.
+        encoder_rows: item -> rows [n_embeds, width] on any device, as far as they are known.
+        opened: read handles of stored encoder rows.
         dropped: read handles of segments that are not reused after all.
         on_device: items whose segments need not be copied from host memory.
+        uses_store: whether stored encoder rows are looked for.
         fallback: why less is reused than was planned.
     """
 
     plan: ReusePlan
-    inputs: RequestInputs
     segments: dict[int, Segment] = field(default_factory=dict)
     placed: dict[int, PlacedSegment] = field(default_factory=dict)
-    encoder_rows: list[Segment] = field(default_factory=list)
+    encoder_rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    opened: list[Segment] = field(default_factory=list)
     dropped: list[Segment] = field(default_factory=list)
     on_device: set[int] = field(default_factory=set)
+    uses_store: bool = True
     fallback: str | None = None
 
-    def compute_instead(self, items: Sequence[int], why: str) -> None:
-        """Compute all tokens of `items` instead of reusing their KV."""
-        for index in items:
-            self.plan = self.plan.without(index)
-            self.placed.pop(index, None)
-            segment = self.segments.pop(index, None)
-            if segment is not None:
-                self.dropped.append(segment)
+    def compute_instead(self, item: int, why: str) -> None:
+        """Compute all tokens of `item` instead of reusing their KV."""
+        self.plan = self.plan.without(item)
+        self.placed.pop(item, None)
+        segment = self.segments.pop(item, None)
+        if segment is not None:
+            self.dropped.append(segment)
         self.fallback = self.fallback or why
 
     def compute_everything(self, why: str) -> None:
-        """Reuse nothing."""
-        self.compute_instead(list(self.segments), why)
+        """Reuse nothing that is stored, KV or encoder rows."""
+        for reuse in self.plan.reused:
+            self.compute_instead(reuse.item, why)
+        self.encoder_rows.clear()
+        self.uses_store = False
+        self.fallback = self.fallback or why
 
     def release(self) -> None:
         """Give the segments back to the store."""
-        for segment in (*self.segments.values(), *self.encoder_rows, *self.dropped):
+        for segment in (*self.segments.values(), *self.opened, *self.dropped):
             segment.release()
 
 
+InputsOf = Callable[[str], RequestInputs]
+"""A request's prompt, by its id."""
+
+
 class Loader:
-    """Turns reuse plans into jobs and injections on one rank."""
+    """Turns reuse plans into jobs and injections on one rank, without asking the others.
+
+    Args:
+        inputs_of: may raise, where a prompt's positions can't be computed.
+    """
 
     def __init__(
         self,
@@ -76,6 +89,7 @@ class Loader:
         shape: KVShape,
         device: torch.device,
         write: WriteRows,
+        inputs_of: InputsOf,
     ) -> None:
         self._write = write
         self._storage = storage
@@ -83,46 +97,24 @@ class Loader:
         self._model = model
         self._shape = shape
         self._device = device
+        self._inputs_of = inputs_of
         self._ring = Ring(storage.side, device) if storage.side is not None else None
         self._staged: Staged | None = None
 
-    def fetch(
-        self,
-        plans: Sequence[ReusePlan],
-        requests: Mapping[str, RequestInputs],
-        report: StepReport,
-    ) -> list[LoadedPlan]:
-        """Open the segments of `plans`; items without one on every rank are to be computed."""
-        loaded = [LoadedPlan(plan, requests[plan.req_id]) for plan in plans]
-        wanted = [(entry, reuse) for entry in loaded for reuse in entry.plan.reused]
-        for entry, reuse in wanted:
+    def fetch(self, entry: LoadedPlan) -> None:
+        """Open and place the segments of a plan, as far as they are here and of the right shape."""
+        inputs = self._inputs_of(entry.plan.req_id)
+        for reuse in entry.plan.reused:
             if self._storage.is_on_device(reuse.donor):
                 entry.on_device.add(reuse.item)
-        found = [self._storage.get(SegmentId(reuse.donor, "kv")) for _, reuse in wanted]
-        usable = all_ranks_have(
-            [
-                segment is not None and self._fits(segment, entry.inputs.items[reuse.item])
-                for segment, (entry, reuse) in zip(found, wanted, strict=True)
-            ]
-        )
-        for segment, ok, (entry, reuse) in zip(found, usable, wanted, strict=True):
-            if segment is not None:
-                entry.segments[reuse.item] = segment
-            if ok:
-                assert segment is not None
-                entry.placed[reuse.item] = self._place(entry, reuse.item, segment)
-            else:
-                logger.warning(
-                    "VLCache: segment %s of request %s is missing or of another shape; recomputing",
-                    reuse.donor[:16],
-                    entry.plan.req_id,
-                )
-                report.lost.add(reuse.donor)
-                entry.compute_instead([reuse.item], "segment lost")
-        self._stage(loaded)
-        return loaded
+            segment = self._storage.get(SegmentId(reuse.donor, "kv"))
+            if segment is None:
+                continue
+            entry.segments[reuse.item] = segment
+            if self._fits(segment, inputs.items[reuse.item]):
+                entry.placed[reuse.item] = self._place(entry.plan, inputs, reuse.item, segment)
 
-    def _stage(self, loaded: Sequence[LoadedPlan]) -> None:
+    def stage(self, loaded: Sequence[LoadedPlan]) -> None:
         """Let what is reused from host memory begin to come to the device."""
         if self._ring is None:
             return
@@ -170,38 +162,42 @@ class Loader:
             and positions.shape == (axes, len(item.span))
         )
 
-    def job(self, entry: LoadedPlan) -> PrefillJob | None:
-        """The sparse prefill of a plan; None when tokens of an item can't be computed either."""
-        rows: dict[int, torch.Tensor] = {}
+    def open_rows(self, entry: LoadedPlan) -> list[Item]:
+        """Open the stored encoder rows of the tokens that a plan computes.
+
+        Returns:
+            The items in question, whose rows are in `entry.encoder_rows` or are not here.
+        """
         runs = entry.plan.runs_at(0)
-        for item in entry.inputs.items.values():
-            if not any(item.span.clip(run.start, run.end) for run in runs):
+        items = [
+            item
+            for item in self._inputs_of(entry.plan.req_id).items.values()
+            if any(item.span.clip(run.start, run.end) for run in runs)
+        ]
+        for item in items:
+            if item.index in entry.encoder_rows or not entry.uses_store:
                 continue
-            stored = self._encoder_rows.get(item.encoder_key, item.num_embeds)
-            everywhere = all_ranks_have([stored is not None])[0]
-            if stored is not None and everywhere:
-                entry.encoder_rows.append(stored)
-                rows[item.index] = stored.rows()
-            elif item.index in entry.plan.encoder_inputs:
-                rows[item.index] = self._encode(entry.plan, item)
-            else:
-                self._encoder_rows.settled(item.encoder_key, is_stored=False)
-                return None
-        return PrefillJob(entry.plan, entry.inputs, rows, entry.placed)
+            segment = self._encoder_rows.get(item.encoder_key, item.num_embeds)
+            if segment is not None:
+                entry.opened.append(segment)
+                entry.encoder_rows[item.index] = segment.rows()
+        return items
 
-    def _encode(self, plan: ReusePlan, item: Item) -> torch.Tensor:
-        rows = self._model.encode(*plan.encoder_inputs[item.index])
-        self._encoder_rows.put(item.encoder_key, rows)
-        return rows
+    def job(self, entry: LoadedPlan) -> PrefillJob:
+        """The sparse prefill of a plan all of whose encoder rows are there."""
+        inputs = self._inputs_of(entry.plan.req_id)
+        return PrefillJob(entry.plan, inputs, dict(entry.encoder_rows), dict(entry.placed))
 
-    def _place(self, entry: LoadedPlan, index: int, segment: Segment) -> PlacedSegment:
-        item, base = entry.inputs.items[index], segment.info.positions
+    def _place(
+        self, plan: ReusePlan, inputs: RequestInputs, index: int, segment: Segment
+    ) -> PlacedSegment:
+        item, base = inputs.items[index], segment.info.positions
         assert base is not None
-        target = entry.inputs.positions[:, item.span.start : item.span.end]
+        target = inputs.positions[:, item.span.start : item.span.end]
         angles = rotation(self._model.rotary, target, base)
         # A claim may end inside the item; tokens behind it have no slot that anyone writes to.
-        end = min(item.span.end, entry.plan.claim.end)
-        slots = slots_of(Span(item.span.start, end), entry.plan.block_ids, self._shape.block_size)
+        end = min(item.span.end, plan.claim.end)
+        slots = slots_of(Span(item.span.start, end), plan.block_ids, self._shape.block_size)
         return PlacedSegment(
             segment=segment,
             spec=self._model.rotary,
@@ -209,20 +205,20 @@ class Loader:
             angles=None if angles is None else upload(angles, self._device),
         )
 
-    def injection(self, loaded: Sequence[LoadedPlan]) -> Injection:
-        """The reused rows of all plans, as far as they are known before the prefill runs."""
+    def injection(self, jobs: Sequence[PrefillJob]) -> Injection:
+        """The reused rows of all jobs, as far as they are known before the prefill runs."""
         num_layers = self._shape.num_layers
         parts = []
-        for entry in loaded:
-            for reuse in entry.plan.reused:
-                first = entry.inputs.items[reuse.item].span.start
+        for job in jobs:
+            for reuse in job.plan.reused:
+                first = job.inputs.items[reuse.item].span.start
                 ends = [stage.first_layer for stage in reuse.stages[1:]] + [num_layers]
                 for stage, end in zip(reuse.stages, ends, strict=True):
                     spans = reuse.reused_at(stage.first_layer)
                     if spans:
                         layers = range(stage.first_layer, end)
                         rows = self._rows(spans, first)
-                        parts.append(ReusedRows(entry.placed[reuse.item], rows, layers))
+                        parts.append(ReusedRows(job.placed[reuse.item], rows, layers))
         return Injection(num_layers, parts, self._write, self._staged)
 
     def _rows(self, spans: Sequence[Span], first: int) -> Rows:

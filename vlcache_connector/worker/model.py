@@ -1,8 +1,9 @@
 """The model object, and what the sparse prefill asks of it.
 
 vLLM seams: `SupportsMultiModal.embed_multimodal` / `embed_input_ids` / `get_language_model`,
-`SupportsMRoPE` (`vllm/model_executor/models/interfaces.py`), the decoder layers' call, and
-Qwen3-VL's deepstack buffers (`vllm/model_executor/models/qwen3_vl.py`).
+`SupportsMRoPE` (`vllm/model_executor/models/interfaces.py`), the decoder layers' call,
+Qwen3-VL's deepstack buffers (`vllm/model_executor/models/qwen3_vl.py`), and
+`LoRAModelManager`'s mapping of rows to adapters (`vllm/lora/model_manager.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
+from vllm.lora.layers import LoRAMapping
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
@@ -127,7 +129,7 @@ class SparsePrefillModel:
             stretches: at least one; each is asked for when the one before has run. Layers behind
                 the last one are left out.
         """
-        with self._own_deepstack_buffers():
+        with self._nested_pass(len(token_ids)):
             embeds = self._model.embed_input_ids(
                 upload(token_ids, self._device),
                 multimodal_embeddings=[
@@ -195,21 +197,49 @@ class SparsePrefillModel:
         return taken
 
     @contextmanager
-    def _own_deepstack_buffers(self) -> Iterator[None]:
-        """Put aside what the main batch left in Qwen3-VL's deepstack buffers.
+    def _nested_pass(self, num_tokens: int) -> Iterator[None]:
+        """Put aside what vLLM has set on the model for its own batch; back on every way out.
 
-        vLLM fills them when it prepares the main batch, before the sparse prefill runs.
+        It prepares that batch before the sparse prefill runs.
         """
-        in_use = getattr(self._model, "deepstack_input_embeds_num_tokens", 0)
-        if not in_use:
+        with self._base_weights(num_tokens), self._own_deepstack_buffers():
+            yield
+
+    @contextmanager
+    def _base_weights(self, num_tokens: int) -> Iterator[None]:
+        """No row of the pass is an adapter's, whatever the main batch's rows are."""
+        manager = getattr(self._model, "lora_manager", None)
+        if manager is None:
             yield
             return
-        saved = [buffer[:in_use].clone() for buffer in self._model.deepstack_input_embeds]
-        self._model._clear_deepstack_input_embeds(in_use)
+        before = manager._last_mapping
         try:
+            manager.set_adapter_mapping(LoRAMapping((0,) * num_tokens, (0,), is_prefill=True))
             yield
         finally:
-            self._model._set_deepstack_input_embeds(torch.stack(saved))
+            if before is not None:
+                adapters = {*before.index_mapping, *before.prompt_mapping} - {0}
+                # A batch whose adapters have been unloaded since is over.
+                if adapters <= set(manager.lora_index_to_id):
+                    manager.set_adapter_mapping(before)
+
+    @contextmanager
+    def _own_deepstack_buffers(self) -> Iterator[None]:
+        """Qwen3-VL's buffers hold the main batch's image features, or nothing but zeros."""
+        model = self._model
+        in_use = getattr(model, "deepstack_input_embeds_num_tokens", 0)
+        saved = [rows[:in_use].clone() for rows in model.deepstack_input_embeds] if in_use else []
+        try:
+            if in_use:
+                model._clear_deepstack_input_embeds(in_use)
+            yield
+        finally:
+            # A pass that failed has left its own features there.
+            left = getattr(model, "deepstack_input_embeds_num_tokens", 0)
+            if left:
+                model._clear_deepstack_input_embeds(left)
+            if saved:
+                model._set_deepstack_input_embeds(torch.stack(saved))
 
 
 def _number_behind(name: str) -> int:

@@ -2,25 +2,30 @@
 
 It computes the tokens of a reuse plan that have no stored KV, attending over computed and reused
 KV alike, through the very same model object that vLLM runs. Several requests go into one pass;
-a pass never exceeds `max_tokens`. Where a plan's recompute sets shrink from layer to layer, the
+a pass exceeds neither `max_tokens` nor the rows that the
+attention backend takes. Where a plan's recompute sets shrink from layer to layer, the
 rows that are no longer needed leave the pass, and with them their attention and MLP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..attention.metadata import MetadataFactory, Row, slots_of
 from ..protocol import Item, ItemReuse, ReusePlan, Span
-from .blend import most_deviating
+from .blend import distances, farthest
 from .capture import SegmentCapture
 from .injection import Injection, PlacedSegment, ReusedRows
 from .model import SparsePrefillModel, Stretch
+from .ranks import agreed, in_lockstep, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,7 @@ class SparsePrefill:
     """Runs jobs through the model.
 
     Args:
+        capturing: around all calls of `capture`; a failure there ends in there.
         max_tokens: most tokens of a pass (`max_num_batched_tokens`).
         block_size: tokens of a KV cache block.
     """
@@ -146,15 +152,21 @@ class SparsePrefill:
         metadata: MetadataFactory,
         capture: SegmentCapture,
         *,
+        capturing: Callable[[], AbstractContextManager[None]],
         max_tokens: int,
         block_size: int,
     ) -> None:
         self._model = model
         self._metadata = metadata
         self._capture = capture
+        self._capturing = capturing
         self._max_tokens = max_tokens
         self._block_size = block_size
         self._num_layers = len(model.layer_names)
+        self._injection: Injection | None = None
+        """Of the jobs that run; None: none do."""
+        self._fault: Exception | None = None
+        """What went wrong between two layers of the pass."""
         self._check_layer: int | None = None
         self._check_keys: torch.Tensor | None = None
 
@@ -162,40 +174,112 @@ class SparsePrefill:
         """Compute all runs of `jobs`; later jobs may rest on blocks that earlier ones fill.
 
         Args:
-            injection: takes the rows that turn out to be reused while the prefill runs.
+            injection: the rows that are reused; takes those, too, that turn out to be while the
+                prefill runs.
 
         Returns:
             Per job, the tokens that each layer computed.
+
+        Raises:
+            AgreedError: what this rank or another one does for itself failed, on all ranks; the
+                jobs may be run again.
         """
         computed = {id(job): np.zeros(self._num_layers, dtype=np.int64) for job in jobs}
-        for parts in self._passes(jobs):
-            self._forward(_Pass(parts), injection, computed)
+        self._injection = injection
+        try:
+            with in_lockstep():
+                for parts in self._passes(jobs):
+                    self._forward(_Pass(parts), injection, computed)
+                with agreed():
+                    # What no forward's layers have asked for.
+                    for index, layer in enumerate(self._model.layers.values()):
+                        injection.write_layer(index, layer)
+        finally:
+            self._injection = None
         return [tuple(computed[id(job)].tolist()) for job in jobs]
+
+    def before_layer(self, index: int, layer: Any) -> None:
+        """vLLM comes to attention layer `index`: write the reused KV of a pass that runs."""
+        if self._injection is not None:
+            with self._noting_faults():
+                self._injection.write_layer(index, layer)
 
     def on_kv_write(self, layer: int, key: torch.Tensor) -> None:
         """Keep the fresh keys [num_tokens, kv_heads, head_dim] of a layer that is checked."""
         if layer == self._check_layer:
             self._check_keys = key
 
+    @contextmanager
+    def _noting_faults(self) -> Iterator[None]:
+        """In the middle of a forward, where ranks meet: it goes on, and fails when it is over."""
+        try:
+            yield
+        except Exception as error:
+            self._fault = self._fault or error
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+
     def _passes(self, jobs: Sequence[PrefillJob]) -> Iterator[list[_Part]]:
         parts: list[_Part] = []
-        used = 0
+        used = used_rows = 0
         for job in jobs:
             for run in job.plan.runs_at(0):
                 start = run.start
                 while start < run.end:
-                    span = Span(start, min(run.end, start + self._max_tokens - used))
-                    parts.append(_Part(job, span, used))
-                    start, used = span.end, used + len(span)
-                    if used == self._max_tokens:
+                    rest = Span(start, min(run.end, start + self._max_tokens - used))
+                    span = self._within_rows(job.plan, rest, used_rows)
+                    if span:
+                        parts.append(_Part(job, span, used))
+                        start, used = span.end, used + len(span)
+                        used_rows += job.plan.most_rows(span)
+                    if start < run.end or used == self._max_tokens:
                         yield parts
-                        parts, used = [], 0
+                        parts, used, used_rows = [], 0, 0
         if parts:
             yield parts
+
+    def _within_rows(self, plan: ReusePlan, span: Span, used: int) -> Span:
+        """As much of `span`, from its start, as there are rows of metadata left for."""
+        most = self._metadata.max_rows
+        if most is None or used + plan.most_rows(span) <= most:
+            return span
+        lengths = range(1, len(span))
+        fitting = bisect_right(
+            lengths,
+            most - used,
+            key=lambda length: plan.most_rows(Span(span.start, span.start + length)),
+        )
+        return Span(span.start, span.start + fitting)
 
     def _forward(
         self, this_pass: _Pass, injection: Injection, computed: dict[int, np.ndarray]
     ) -> None:
+        try:
+            with agreed():
+                token_ids, positions, rows, is_embed = self._inputs_of(this_pass)
+            for part in this_pass.parts:
+                self._expect_captures(part)
+            self._model.forward(
+                token_ids,
+                positions,
+                rows,
+                is_embed,
+                self._stretches(this_pass, injection, computed),
+            )
+            with agreed():
+                self._raise_fault()
+        finally:
+            self._fault = self._check_layer = self._check_keys = None
+            with self._capturing():
+                self._capture.end_pass()
+
+    @staticmethod
+    def _inputs_of(
+        this_pass: _Pass,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Token ids, positions, encoder rows and `is_embed`, as `SparsePrefillModel` takes them."""
         token_ids, positions, is_embed, rows = [], [], [], []
         for part in this_pass.parts:
             job, span = part.job, part.span
@@ -209,19 +293,8 @@ class SparsePrefill:
                     mask[own.start - span.start : own.end - span.start] = embedded
                     if len(item_rows):
                         rows.append(item_rows)
-                    self._expect_capture(job, item, own)
             is_embed.append(mask)
-        try:
-            self._model.forward(
-                torch.cat(token_ids),
-                torch.cat(positions, dim=1),
-                rows,
-                torch.cat(is_embed),
-                self._stretches(this_pass, injection, computed),
-            )
-        finally:
-            self._check_layer = self._check_keys = None
-            self._capture.end_pass()
+        return torch.cat(token_ids), torch.cat(positions, dim=1), rows, torch.cat(is_embed)
 
     def _stretches(
         self, this_pass: _Pass, injection: Injection, computed: dict[int, np.ndarray]
@@ -231,63 +304,89 @@ class SparsePrefill:
         for layers in this_pass.stretches(self._num_layers):
             before = alive
             alive = before & this_pass.computed_at(layers.start)
-            for part, reuse in this_pass.blends_behind(layers.start - 1):
-                self._blend(part, reuse, before, alive, injection)
-            self._check_layer = layers[-1] if this_pass.blends_behind(layers[-1]) else None
-            self._check_keys = None
-            for part in this_pass.parts:
-                own = alive[part.row : part.row + len(part.span)]
-                computed[id(part.job)][layers.start : layers.stop] += int(own.sum())
+            blends = this_pass.blends_behind(layers.start - 1)
+            if blends:
+                with agreed():
+                    self._raise_fault()
+                    own = [self._distances(part, reuse, before) for part, reuse in blends]
+                far = [sum_over_ranks(distance) for distance in own]
+            with agreed():
+                for index, (part, reuse) in enumerate(blends):
+                    self._blend(part, reuse, far[index], alive, injection)
+                self._check_layer = layers[-1] if this_pass.blends_behind(layers[-1]) else None
+                self._check_keys = None
+                for part in this_pass.parts:
+                    left = alive[part.row : part.row + len(part.span)]
+                    computed[id(part.job)][layers.start : layers.stop] += int(left.sum())
+                if alive.any():
+                    metadata, slot_mapping = self._metadata.build(this_pass.metadata_rows(alive))
+                    rows = alive[before]
+                    stays = None if rows.all() else torch.from_numpy(np.flatnonzero(rows))
             if not alive.any():
                 return
-            metadata, slot_mapping = self._metadata.build(this_pass.metadata_rows(alive))
-            self._capture.rows_change()
-            stays = None if alive[before].all() else torch.from_numpy(np.flatnonzero(alive[before]))
+            with self._capturing():
+                self._capture.rows_change()
             yield Stretch(layers, stays, metadata, slot_mapping)
+
+    def _distances(self, part: _Part, reuse: ItemReuse, before: np.ndarray) -> torch.Tensor:
+        """How far the fresh keys of an item's tokens in this part are from the donor's.
+
+        Args:
+            before: bool [num_rows], the rows that the check layer computed.
+        """
+        assert reuse.blend is not None
+        if self._check_keys is None:
+            raise RuntimeError(f"layer {reuse.blend.check_layer} wrote no keys")
+        places = (np.cumsum(before) - 1)[part.rows_of(reuse.span)]
+        fresh = self._check_keys[int(places[0]) : int(places[-1]) + 1]
+        own = reuse.span.clip(part.span.start, part.span.end)
+        start = part.job.inputs.items[reuse.item].span.start
+        placed = part.job.placed[reuse.item]
+        donor, _ = placed.kv(reuse.blend.check_layer, slice(own.start - start, own.end - start))
+        return distances(fresh, donor)
 
     def _blend(
         self,
         part: _Part,
         reuse: ItemReuse,
-        before: np.ndarray,
+        distance: torch.Tensor,
         alive: np.ndarray,
         injection: Injection,
     ) -> None:
         """Let the tokens of an item go whose fresh keys are closest to the donor's.
 
         Args:
-            before: bool [num_rows], the rows that the check layer computed.
+            distance: of the tokens in this part, over all ranks.
             alive: bool [num_rows], changed in place.
         """
         assert reuse.blend is not None
-        if self._check_keys is None:
-            raise RuntimeError(f"layer {reuse.blend.check_layer} wrote no keys")
-        rows = part.rows_of(reuse.span)
-        places = (np.cumsum(before) - 1)[rows]
-        fresh = self._check_keys[int(places[0]) : int(places[-1]) + 1]
         own = reuse.span.clip(part.span.start, part.span.end)
-        start = part.job.inputs.items[reuse.item].span.start
-        placed = part.job.placed[reuse.item]
-        donor, _ = placed.kv(reuse.blend.check_layer, slice(own.start - start, own.end - start))
         # Summed up over the passes that share an item, the counts are those of the whole item.
         stay = reuse.blend.count(own.end - reuse.span.start)
         stay -= reuse.blend.count(own.start - reuse.span.start)
-        chosen = most_deviating(fresh, donor, stay).numpy()
-        alive[rows] &= chosen
+        chosen = farthest(distance, stay).numpy()
+        alive[part.rows_of(reuse.span)] &= chosen
         layers = range(reuse.blend.check_layer + 1, self._num_layers)
+        start = part.job.inputs.items[reuse.item].span.start
         offsets = torch.from_numpy(np.flatnonzero(~chosen)) + own.start - start
-        injection.add(ReusedRows(placed, offsets, layers))
+        injection.add(ReusedRows(part.job.placed[reuse.item], offsets, layers))
 
-    def _expect_capture(self, job: PrefillJob, item: Item, part: Span) -> None:
-        if item.index in job.plan.captures:
-            self._capture.expect(
-                job.plan.req_id,
-                item.index,
-                job.plan.captures[item.index],
-                job.inputs.positions_of(item),
-                offset=part.start - item.span.start,
-                slots=torch.from_numpy(slots_of(part, job.plan.block_ids, self._block_size)),
-            )
+    def _expect_captures(self, part: _Part) -> None:
+        job, span = part.job, part.span
+        for index, key in job.plan.captures.items():
+            item = job.inputs.items[index]
+            own = item.span.clip(span.start, span.end)
+            if not own:
+                continue
+            with self._capturing():
+                self._capture.expect(
+                    job.plan.req_id,
+                    index,
+                    key,
+                    job.inputs.positions_of(item),
+                    offset=own.start - item.span.start,
+                    slots=torch.from_numpy(slots_of(own, job.plan.block_ids, self._block_size)),
+                )
 
 
 def _rows_of(

@@ -7,7 +7,8 @@ vLLM seams: the worker-side methods of `KVConnectorBase_V1`
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from ..attention.metadata import MetadataFactory, slots_of
 from ..protocol import (
     CanonicalPlan,
     CapturePlan,
+    Item,
     PrefillFigures,
     RequestContext,
     ReusePlan,
@@ -30,10 +32,10 @@ from ..support import KVShape, UnsupportedError
 from .capture import SegmentCapture
 from .encoder import EncoderRows
 from .fused_write import choose_write
-from .injection import Injection
 from .loader import LoadedPlan, Loader
 from .model import SparsePrefillModel
 from .pace import Pace
+from .ranks import agreed, all_ranks_have, in_lockstep
 from .sparse_prefill import RequestInputs, SparsePrefill
 from .storage import Storage
 
@@ -49,6 +51,9 @@ _IDLE_SECONDS = 0.005
 
 class WorkerSide:
     """Captures segments, loads them and runs the sparse prefill on one rank.
+
+    Whatever fails costs the reuse or the segment at hand, is counted and logged, and no more: not
+    another request of the step, and not the step.
 
     Args:
         model: the loaded model.
@@ -90,7 +95,7 @@ class WorkerSide:
         self._pace = pace
         self._device = device
         write = choose_write(model.layers.values(), model.rotary, shape.dtype, device)
-        self._loader = Loader(storage, encoder_rows, model, shape, device, write)
+        self._loader = Loader(storage, encoder_rows, model, shape, device, write, self._inputs_of)
         self._capture = SegmentCapture(
             model.layer_names, shape, device, self._open_segment, storage.side
         )
@@ -99,68 +104,106 @@ class WorkerSide:
             model,
             MetadataFactory(vllm_config, kv_cache_config, model.layers, device),
             self._capture,
+            capturing=self._capturing,
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             block_size=shape.block_size,
         )
+        self._contexts: dict[str, RequestContext] = {}
+        """Of requests whose positions nobody has asked for yet."""
         self._requests: dict[str, RequestInputs] = {}
-        self._injection: Injection | None = None
+        self._admitted: list[str] = []
+        """Fetches whose segments are still to be moved to host memory."""
         self._completed: list[tuple[str, int, str]] = []
         """(request, item, content key) of captures that end with this step."""
         self._report = StepReport()
         self._invalid_blocks: set[int] = set()
         observe_kv_writes(self)
 
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """What raises in here ends in here."""
+        try:
+            yield
+        except Exception:
+            self._report.failed(what)
+            logger.exception("VLCache: %s failed", what)
+
+    @contextmanager
+    def _capturing(self) -> Iterator[None]:
+        """The same, and the segments under capture are not stored."""
+        try:
+            yield
+        except Exception:
+            self._report.failed("capture")
+            logger.exception("VLCache: capture failed; the segments are not stored")
+            with suppress(Exception):
+                self._capture.end_pass()
+
     def begin_step(self, plan: StepPlan) -> None:
         """Before anything runs: forget what is over and take in what is new."""
         self._encoder_rows.begin_step(plan.encoder)
         for key in plan.dropped_segments:
-            self._storage.remove(SegmentId(key, "kv"))
-        for admission in self._storage.settle(plan.admitted, plan.unwanted):
-            key, kind = admission.id
-            if kind == "encoder":
-                self._encoder_rows.settled(key, is_stored=admission.is_stored)
-            elif not admission.is_stored:
-                self._report.lost.add(key)
+            with self._guarded("drop"):
+                self._storage.remove(SegmentId(key, "kv"))
+        self._admitted += plan.admitted
+        with self._guarded("admit"):
+            for admission in self._storage.settle(self._admitted, plan.unwanted):
+                key, kind = admission.id
+                if kind == "encoder":
+                    self._encoder_rows.settled(key, is_stored=admission.is_stored)
+                elif not admission.is_stored:
+                    self._report.lost.add(key)
+            self._admitted = []
         for fetch in plan.fetches:
-            self._storage.fetch(fetch)
+            with self._guarded("fetch"):
+                self._storage.fetch(fetch)
         for req_id in (*plan.cancelled, *plan.finished):
-            self._capture.cancel(req_id)
+            with self._capturing():
+                self._capture.cancel(req_id)
         for req_id in plan.finished:
+            self._contexts.pop(req_id, None)
             self._requests.pop(req_id, None)
         for context in plan.contexts:
-            try:
-                self._requests[context.req_id] = self._inputs_of(context)
-            except Exception:
-                self._report.failed("positions")
-                logger.exception("VLCache: no positions for request %s", context.req_id)
+            self._contexts[context.req_id] = context
 
-    def _inputs_of(self, context: RequestContext) -> RequestInputs:
-        return RequestInputs(
-            token_ids=torch.tensor(context.prompt_token_ids, dtype=torch.int64),
-            positions=self._model.positions(context.prompt_token_ids, context.position_features),
-            items={item.index: item for item in context.items},
-        )
+    def _inputs_of(self, req_id: str) -> RequestInputs:
+        inputs = self._requests.get(req_id)
+        if inputs is None:
+            context = self._contexts[req_id]
+            inputs = self._requests[req_id] = RequestInputs(
+                token_ids=torch.tensor(context.prompt_token_ids, dtype=torch.int64),
+                positions=self._model.positions(
+                    context.prompt_token_ids, context.position_features
+                ),
+                items={item.index: item for item in context.items},
+            )
+            del self._contexts[req_id]
+        return inputs
 
     def expect_captures(self, captures: Sequence[CapturePlan]) -> None:
         """vLLM's own forward comes next: arm its captures."""
-        self._pace.begin()
+        with self._guarded("pace"):
+            self._pace.begin()
         for capture in captures:
-            if capture.req_id not in self._requests:
-                self._report.lost.add(capture.key)
+            with self._capturing():
+                self._expect_capture(capture)
                 continue
-            inputs = self._requests[capture.req_id]
-            item = inputs.items[capture.item]
-            slots = slots_of(capture.span, capture.block_ids, self._shape.block_size)
-            self._capture.expect(
-                capture.req_id,
-                capture.item,
-                capture.key,
-                inputs.positions_of(item),
-                offset=capture.span.start - item.span.start,
-                slots=torch.from_numpy(slots),
-            )
-            if capture.span.end == item.span.end:
-                self._completed.append((capture.req_id, capture.item, capture.key))
+            self._report.lost.add(capture.key)
+
+    def _expect_capture(self, capture: CapturePlan) -> None:
+        inputs = self._inputs_of(capture.req_id)
+        item = inputs.items[capture.item]
+        slots = slots_of(capture.span, capture.block_ids, self._shape.block_size)
+        self._capture.expect(
+            capture.req_id,
+            capture.item,
+            capture.key,
+            inputs.positions_of(item),
+            offset=capture.span.start - item.span.start,
+            slots=torch.from_numpy(slots),
+        )
+        if capture.span.end == item.span.end:
+            self._completed.append((capture.req_id, capture.item, capture.key))
 
     def _open_segment(self, key: str, positions: torch.Tensor) -> KVWriter | None:
         try:
@@ -172,60 +215,111 @@ class WorkerSide:
     def load(self, plans: Sequence[ReusePlan]) -> None:
         """Fill the KV of all claims, before vLLM's own forward.
 
-        Whatever fails here ends in tokens that are computed instead of reused; only when that is
-        impossible too, the claims' blocks are reported as failed to load.
+        What can't be filled as planned is computed instead, one request at a time, so that a
+        request pays for nobody else. Only when that is impossible, too, its claim's blocks are
+        reported as failed to load.
         """
-        loaded: list[LoadedPlan] = []
+        start = time.perf_counter()
+        loaded = [LoadedPlan(plan) for plan in plans]
+        try:
+            with in_lockstep():
+                self._fetch(loaded)
+                fetch_seconds = time.perf_counter() - start
+                if self._fill(loaded, fetch_seconds):
+                    return
+                for entry in loaded:
+                    if len(loaded) > 1 and self._fill([entry], fetch_seconds):
+                        continue
+                    entry.compute_everything("error")
+                    if not self._fill([entry], fetch_seconds):
+                        self._give_up(entry.plan)
+        finally:
+            with self._guarded("release"):
+                self._loader.finish(loaded)
+
+    def _fetch(self, loaded: Sequence[LoadedPlan]) -> None:
+        """Open what is reused; items without a segment on every rank are to be computed."""
+        for entry in loaded:
+            with self._guarded("load"):
+                self._loader.fetch(entry)
+                continue
+            entry.fallback = "error"
+        wanted = [(entry, reuse) for entry in loaded for reuse in entry.plan.reused]
+        usable = all_ranks_have([reuse.item in entry.placed for entry, reuse in wanted])
+        for ok, (entry, reuse) in zip(usable, wanted, strict=True):
+            if ok:
+                continue
+            logger.warning(
+                "VLCache: segment %s of request %s is missing or of another shape; recomputing",
+                reuse.donor[:16],
+                entry.plan.req_id,
+            )
+            if reuse.item not in entry.placed and entry.fallback != "error":
+                self._report.lost.add(reuse.donor)
+            entry.compute_instead(reuse.item, "segment lost")
+        with self._guarded("load"):
+            self._loader.stage(loaded)
+
+    def _fill(self, loaded: Sequence[LoadedPlan], fetch_seconds: float) -> bool:
+        """Run the sparse prefill of some plans; whether all went well, on all ranks."""
         try:
             start = time.perf_counter()
-            loaded = self._loader.fetch(plans, self._requests, self._report)
-            fetch_seconds = time.perf_counter() - start
-            try:
-                self._fill(loaded, fetch_seconds)
-            except Exception:
-                self._report.failed("sparse prefill")
-                logger.exception("VLCache: the sparse prefill failed; again without reuse")
-                for entry in loaded:
-                    entry.compute_everything("error")
-                self._fill(loaded, fetch_seconds)
+            computed, injection_seconds = self._compute(loaded)
+            compute_seconds = time.perf_counter() - start - injection_seconds
         except Exception:
-            self._report.failed("load")
-            logger.exception("VLCache: nothing could be computed; the claimed blocks are invalid")
-            for plan in plans:
-                self._give_up(plan)
-        finally:
-            self._injection = None
-            self._loader.finish(loaded)
-
-    def _fill(self, loaded: Sequence[LoadedPlan], fetch_seconds: float) -> None:
-        filled, jobs = [], []
-        for entry in loaded:
-            job = self._loader.job(entry)
-            if job is None:
-                self._give_up(entry.plan)
-            else:
-                filled.append(entry)
-                jobs.append(job)
-        start = time.perf_counter()
-        injection = self._injection = self._loader.injection(filled)
-        computed = self._prefill.run(jobs, injection)
-        # What no forward's layers have asked for.
-        for name, layer in self._model.layers.items():
-            injection.write_layer(self._layer_index[name], layer)
-        self._injection = None
-        compute_seconds = time.perf_counter() - start - injection.seconds
-        for entry, by_layer in zip(filled, computed, strict=True):
+            self._report.failed("sparse prefill")
+            logger.exception("VLCache: the sparse prefill of %d request(s) failed", len(loaded))
+            for entry in loaded:
+                with self._capturing():
+                    self._capture.cancel(entry.plan.req_id)
+            return False
+        for entry, by_layer in zip(loaded, computed, strict=True):
             plan = entry.plan
             self._report.figures[plan.req_id] = PrefillFigures(
                 reused={reuse.item: reuse.num_reused for reuse in plan.reused},
                 recomputed_tokens=plan.num_recomputed,
                 computed_by_layer=by_layer,
-                load_seconds=fetch_seconds + injection.seconds,
+                load_seconds=fetch_seconds + injection_seconds,
                 sparse_prefill_seconds=compute_seconds,
                 on_device=frozenset(entry.on_device),
                 fallback=entry.fallback,
             )
             self._completed += [(plan.req_id, item, key) for item, key in plan.captures.items()]
+        return True
+
+    def _compute(self, loaded: Sequence[LoadedPlan]) -> tuple[list[tuple[int, ...]], float]:
+        """Run the sparse prefill of some plans.
+
+        Returns:
+            Per plan the tokens that each layer computed, and the seconds spent on reused KV.
+
+        Raises:
+            Exception: something failed, on all ranks; they may go on with other plans.
+        """
+        with in_lockstep():
+            with agreed():
+                needed = [
+                    (entry, item) for entry in loaded for item in self._loader.open_rows(entry)
+                ]
+            here = [item.index in entry.encoder_rows for entry, item in needed]
+            everywhere = all_ranks_have(here)
+            self._encode([pair for pair, ok in zip(needed, everywhere, strict=True) if not ok])
+            with agreed():
+                jobs = [self._loader.job(entry) for entry in loaded]
+                injection = self._loader.injection(jobs)
+            return self._prefill.run(jobs, injection), injection.seconds
+
+    def _encode(self, missing: Sequence[tuple[LoadedPlan, Item]]) -> None:
+        """Run the vision encoder for items whose rows are not stored on every rank."""
+        with agreed():
+            inputs = [entry.plan.encoder_inputs[item.index] for entry, item in missing]
+        known: dict[str, torch.Tensor] = {}
+        for (entry, item), (modality, data) in zip(missing, inputs, strict=True):
+            key = item.encoder_key
+            if key not in known:
+                known[key] = self._model.encode(modality, data)
+                self._encoder_rows.put(key, known[key])
+            entry.encoder_rows[item.index] = known[key]
 
     def compute_canonical(self, plans: Sequence[CanonicalPlan]) -> None:
         """Compute and store new images in a clean context, after vLLM's own forward.
@@ -234,62 +328,45 @@ class WorkerSide:
         """
         for canonical in plans:
             context, plan = canonical.context, canonical.plan
+            self._contexts[context.req_id] = context
+            loaded = [LoadedPlan(plan)]
             try:
-                inputs = {context.req_id: self._inputs_of(context)}
-                [loaded] = self._loader.fetch([plan], inputs, self._report)
-                try:
-                    job = self._loader.job(loaded)
-                    if job is None:
-                        raise RuntimeError("the image's encoder rows are gone")
-                    self._prefill.run([job], Injection(self._shape.num_layers))
-                finally:
-                    self._loader.finish([loaded])
-                [(item, key)] = plan.captures.items()
-                self._store_captured(context.req_id, item, key)
-            except Exception:
-                logger.exception("VLCache: canonical donor not computed")
-                self._report.failed("canonical")
+                with self._guarded("canonical"):
+                    self._compute(loaded)
+                    [(item, key)] = plan.captures.items()
+                    self._store_captured(context.req_id, item, key)
+                    continue
                 self._report.lost.update(plan.captures.values())
             finally:
-                self._capture.cancel(context.req_id)
+                with self._guarded("release"):
+                    self._loader.finish(loaded)
+                with self._capturing():
+                    self._capture.cancel(context.req_id)
+                self._contexts.pop(context.req_id, None)
+                self._requests.pop(context.req_id, None)
 
     def on_kv_write(
         self, layer_name: str, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
     ) -> None:
         """Capture what was expected; see `attention.hook.KVWriteObserver`."""
-        if self._injection is not None:
-            self._prefill.on_kv_write(self._layer_index.get(layer_name, -1), key)
-        if not self._capture.is_armed:
-            return
-        try:
-            self._capture.on_kv_write(layer_name, key, value, slots)
-        except Exception:
-            # vLLM's own forward is running: it must not notice.
-            self._capture_failed()
-            self._end_captures()
-
-    def _end_captures(self) -> None:
-        try:
-            self._capture.end_pass()
-        except Exception:
-            self._capture_failed()
-
-    def _capture_failed(self) -> None:
-        self._report.failed("capture")
-        logger.exception("VLCache: capture failed; the segments are not stored")
+        index = self._layer_index.get(layer_name)
+        if index is not None:
+            self._prefill.on_kv_write(index, key)
+        if self._capture.is_armed:
+            with self._capturing():
+                self._capture.on_kv_write(layer_name, key, value, slots)
 
     def _give_up(self, plan: ReusePlan) -> None:
         first = plan.claim.start // self._shape.block_size
         self._invalid_blocks.update(plan.block_ids[first:])
-        self._capture.cancel(plan.req_id)
         self._report.lost.update(plan.captures.values())
         self._report.figures[plan.req_id] = PrefillFigures(fallback="failed")
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Called in each attention layer: write this layer's reused KV."""
         index = self._layer_index.get(layer_name)
-        if self._injection is not None and index is not None:
-            self._injection.write_layer(index, self._model.layers[layer_name])
+        if index is not None:
+            self._prefill.before_layer(index, self._model.layers[layer_name])
 
     def end_step(self, num_tokens: int) -> None:
         """After the step's forwards: store the segments that are complete.
@@ -297,8 +374,10 @@ class WorkerSide:
         Args:
             num_tokens: tokens that vLLM's own forward computed.
         """
-        self._pace.end(num_tokens)
-        self._end_captures()
+        with self._guarded("pace"):
+            self._pace.end(num_tokens)
+        with self._capturing():
+            self._capture.end_pass()
         completed, self._completed = self._completed, []
         for req_id, item, key in completed:
             self._store_captured(req_id, item, key)
@@ -322,14 +401,17 @@ class WorkerSide:
         Args:
             is_idle: nothing was computed; all requests wait for something.
         """
+        with self._guarded("report"):
+            waits = _IDLE_SECONDS if is_idle else 0.0
+            self._report.fetched |= self._storage.take_fetched(waits)
+            self._report.events |= self._storage.take_events()
+            self._report.encoder = self._encoder_rows.take_report()
         report, self._report = self._report, StepReport()
-        report.fetched = dict(self._storage.take_fetched(_IDLE_SECONDS if is_idle else 0.0))
-        report.events |= self._storage.take_events()
-        report.encoder = self._encoder_rows.take_report()
         if report.is_empty():
             return None
-        state = WorkerState(self._pace.tokens_per_second, self._storage.tier_states())
-        report.states[self._rank] = state
+        with self._guarded("report"):
+            state = WorkerState(self._pace.tokens_per_second, self._storage.tier_states())
+            report.states[self._rank] = state
         return report
 
     def take_invalid_blocks(self) -> set[int]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import vllm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from vllm.config import CacheConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import CacheConfig, CUDAGraphMode, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-from vlcache_connector.attention.metadata import MetadataFactory, Row, slots_of
+from vlcache_connector.attention.metadata import MetadataFactory, Row, max_rows_of, slots_of
 from vlcache_connector.protocol import Span
 
 BLOCK = 32
@@ -167,3 +170,57 @@ def test_each_token_of_a_run_attends_to_its_own_request_up_to_itself(
         ]
     )
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def flash_attention_builder(config: VllmConfig, layers: list[str], spec: Any) -> Any:
+    """FlashAttention 3's builder under full CUDA graphs, whose kernels are not called."""
+    from vllm.v1.attention.backends import flash_attn
+
+    with pytest.MonkeyPatch.context() as patched, set_current_vllm_config(config):
+        patched.setattr(flash_attn, "get_flash_attn_version", lambda *_, **__: 3)
+        return flash_attn.FlashAttentionMetadataBuilder(spec, layers, config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("max_num_seqs", "captured"), [(8, 16), (700, 512), (3, 1)])
+def test_as_many_rows_as_flash_attentions_buffer_holds(
+    layers: tuple[VllmConfig, dict[str, Attention]], max_num_seqs: int, captured: int
+) -> None:
+    config, made = layers
+    config = copy.deepcopy(config)
+    config.scheduler_config.max_num_seqs = max_num_seqs
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config.compilation_config.max_cudagraph_capture_size = captured
+    config.compilation_config.static_forward_context = dict(made)
+    spec = made[LAYERS[0]].get_kv_cache_spec(config)
+    builder = flash_attention_builder(config, LAYERS, spec)
+    most = max_rows_of(builder)
+    assert most is not None
+    assert most >= max(max_num_seqs, captured)
+
+    def entries(rows: int) -> Tensor:
+        """What the kernel's own function gives: one entry, four for each row, in fours."""
+        return torch.ones(1 + -(-rows // 4) * 16, dtype=torch.int32)
+
+    builder._store_scheduler_metadata(entries(most))
+    with pytest.raises(RuntimeError):
+        builder._store_scheduler_metadata(entries(most + 1))
+
+
+def test_without_full_cuda_graphs_any_number_of_rows(
+    layers: tuple[VllmConfig, dict[str, Attention]],
+) -> None:
+    config, made = layers
+    spec = made[LAYERS[0]].get_kv_cache_spec(config)
+    config = copy.deepcopy(config)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    config.compilation_config.static_forward_context = dict(made)
+    assert max_rows_of(flash_attention_builder(config, LAYERS, spec)) is None
+
+
+def test_as_many_rows_as_flashinfer_says() -> None:
+    """It can't be imported here: the name is what its buffers are made with."""
+    path = Path(vllm.__file__).parent / "v1/attention/backends/flashinfer.py"
+    text = path.read_text()
+    assert "self.max_num_reqs = max_num_reqs" in text
+    assert "self.paged_kv_indptr = CpuGpuBuffer(\n            max_num_reqs + 1," in text
+    assert max_rows_of(SimpleNamespace(max_num_reqs=9)) == 9

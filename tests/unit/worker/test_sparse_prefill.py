@@ -7,6 +7,7 @@ writes says which layer and token it is. The paged cache refuses a second write 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -27,10 +28,10 @@ from vlcache_connector.rope import RotarySpec
 from vlcache_connector.store import KVWriter, SegmentId
 from vlcache_connector.store.base import Segment, SegmentInfo
 from vlcache_connector.support import KVShape
-from vlcache_connector.worker import blend as blend_module
 from vlcache_connector.worker.capture import SegmentCapture
 from vlcache_connector.worker.injection import Injection, PlacedSegment, ReusedRows
 from vlcache_connector.worker.model import Stretch
+from vlcache_connector.worker.ranks import AgreedError
 from vlcache_connector.worker.sparse_prefill import (
     PrefillJob,
     RequestInputs,
@@ -45,12 +46,9 @@ SHAPE = KVShape(NUM_LAYERS, HEADS, DIM, torch.float32, BLOCK)
 SPEC = RotarySpec(torch.tensor([1.0]), DIM, DIM, is_neox=True)
 TOKEN_IDS_PER_REQUEST = 1000
 
+ITEM = Item(0, Span(0, 6), 0, "kv", "rows")
+
 property_test = settings(max_examples=40)
-
-
-@pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blend_module, "sum_over_ranks", lambda values: values)
 
 
 # -- plans ----------------------------------------------------------------------------------
@@ -170,9 +168,12 @@ class Forward:
 class Engine:
     """Model, metadata and paged cache."""
 
-    def __init__(self, *, max_tokens: int = 100) -> None:
+    def __init__(self, *, max_tokens: int = 100, max_rows: int | None = None) -> None:
+        self.max_rows = max_rows
         self.layer_names = NAMES
-        self.layers: list[Any] = [SimpleNamespace(impl=_Impl(), kv_cache={}) for _ in NAMES]
+        self.layers: dict[str, Any] = {
+            name: SimpleNamespace(impl=_Impl(), kv_cache={}) for name in NAMES
+        }
         self.captured: dict[str, Tensor] = {}
         """KV that is being captured, by key: [num_layers, 2, n, kv_heads, head_dim]."""
         self.capture = SegmentCapture(NAMES, SHAPE, torch.device("cpu"), self.open_segment)
@@ -181,7 +182,12 @@ class Engine:
         self.writes_keys = True
         model: Any = self
         self.prefill = SparsePrefill(
-            model, model, self.capture, max_tokens=max_tokens, block_size=BLOCK
+            model,
+            model,
+            self.capture,
+            capturing=nullcontext,
+            max_tokens=max_tokens,
+            block_size=BLOCK,
         )
 
     def open_segment(self, key: str, positions: Tensor) -> KVWriter:
@@ -211,8 +217,8 @@ class Engine:
             rows = list(stretch.metadata[NAMES[0]])
             made.stretches.append((stretch.layers, ids.tolist(), rows))
             for index in stretch.layers:
-                layer, slots = self.layers[index], stretch.slot_mapping[NAMES[index]]
-                self.injection.write_layer(index, layer)
+                layer, slots = self.layers[NAMES[index]], stretch.slot_mapping[NAMES[index]]
+                self.prefill.before_layer(index, layer)
                 key, value = fresh_kv(index, ids)
                 _Cache().do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
                 if self.writes_keys:
@@ -228,10 +234,7 @@ class Engine:
                     rows = torch.tensor(tokens(*reuse.reused_at(layer)), dtype=torch.int64) - first
                     part = ReusedRows(job.placed[reuse.item], rows, range(layer, layer + 1))
                     self.injection.add(part)
-        computed = self.prefill.run(jobs, self.injection)
-        for index, layer in enumerate(self.layers):
-            self.injection.write_layer(index, layer)
-        return computed
+        return self.prefill.run(jobs, self.injection)
 
 
 # -- the account ----------------------------------------------------------------------------
@@ -297,6 +300,43 @@ def test_passes_cover_all_runs_in_order_and_are_as_full_as_they_may_be(
 
 
 @property_test
+@given(jobs=all_jobs(), max_tokens=st.integers(1, 30), max_rows=st.integers(1, 6))
+def test_no_layer_has_more_rows_than_the_backend_takes(
+    jobs: list[PrefillJob], max_tokens: int, max_rows: int
+) -> None:
+    engine = Engine(max_tokens=max_tokens, max_rows=max_rows)
+    engine.run(jobs)
+    for forward in engine.forwards:
+        assert 0 < len(forward.token_ids) <= max_tokens
+        for _, ids, rows in forward.stretches:
+            assert len(rows) <= max_rows
+            assert sum(len(row.span) for row in rows) == len(ids)
+    entering = [ids for forward in engine.forwards for ids in forward.token_ids.tolist()]
+    assert entering == [
+        token for job in jobs for token in token_ids(job, tokens(*job.plan.runs_at(0)))
+    ]
+
+
+def test_rows_of_several_requests_share_a_pass_up_to_the_limit() -> None:
+    spans = (Span(0, 1), Span(2, 3), Span(4, 5))
+    scattered = ItemReuse(0, "donor", Span(0, 6), (Stage(0, spans),))
+    jobs = [
+        make_job(
+            number,
+            ReusePlan(Span(0, 6), (scattered,), f"{number}", (2 * number, 2 * number + 1)),
+            [ITEM],
+        )
+        for number in range(2)
+    ]
+    sizes = {}
+    for most in (None, 6, 4, 1):
+        engine = Engine(max_rows=most)
+        engine.run(jobs)
+        sizes[most] = [len(forward.token_ids) for forward in engine.forwards]
+    assert sizes == {None: [6], 6: [6], 4: [4, 2], 1: [1] * 6}
+
+
+@property_test
 @given(jobs=all_jobs(), max_tokens=st.integers(1, 30))
 def test_each_layer_computes_the_tokens_that_stay(jobs: list[PrefillJob], max_tokens: int) -> None:
     engine = Engine(max_tokens=max_tokens)
@@ -346,7 +386,7 @@ def test_every_token_of_the_claims_gets_its_kv_exactly_once_in_every_layer(
     engine = Engine(max_tokens=max_tokens)
     engine.run(jobs)
     passes = passes_of(jobs, max_tokens)
-    for index, layer in enumerate(engine.layers):
+    for index, layer in enumerate(engine.layers.values()):
         written = dict(layer.kv_cache)
         fresh = {pair for entering in passes for pair in computed_at(jobs, entering, index)}
         for number, job in enumerate(jobs):
@@ -541,7 +581,7 @@ def test_layers_behind_the_last_row_are_left_out() -> None:
     job = example(ItemReuse(0, "donor", Span(0, 4), stages), end=4)
     assert engine.run([job]) == [(4, 4, 0, 0, 0)]
     assert [layers for layers, _, _ in engine.forwards[0].stretches] == [range(0, 2)]
-    assert all(len(layer.kv_cache) == 4 for layer in engine.layers)
+    assert all(len(layer.kv_cache) == 4 for layer in engine.layers.values())
 
 
 def test_a_plan_that_computes_nothing_needs_no_pass() -> None:
@@ -549,7 +589,7 @@ def test_a_plan_that_computes_nothing_needs_no_pass() -> None:
     job = example(ItemReuse(0, "donor", Span(0, 4), (Stage(0, ()),)), end=4)
     assert engine.run([job]) == [(0,) * NUM_LAYERS]
     assert engine.forwards == []
-    assert all(len(layer.kv_cache) == 4 for layer in engine.layers)
+    assert all(len(layer.kv_cache) == 4 for layer in engine.layers.values())
 
 
 def test_a_check_whose_tokens_all_stay_goes_on_with_the_same_rows() -> None:
@@ -582,8 +622,9 @@ def test_as_many_tokens_of_a_blend_are_reused_as_its_plan_says(max_tokens: int) 
 def test_a_check_without_keys_fails_and_leaves_nothing_behind() -> None:
     engine = Engine()
     engine.writes_keys = False
-    with pytest.raises(RuntimeError, match="layer 1 wrote no keys"):
+    with pytest.raises(AgreedError) as raised:
         engine.run([example(BLENDED)])
+    assert str(raised.value.__cause__) == "layer 1 wrote no keys"
     assert engine.prefill._check_layer is None
     assert engine.prefill._check_keys is None
     assert not engine.capture.is_armed
