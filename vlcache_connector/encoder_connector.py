@@ -7,21 +7,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.distributed.ec_transfer.ec_connector.base import (
     ECConnectorBase,
     ECConnectorMetadata,
     ECConnectorRole,
 )
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from . import weights
 from .protocol import EncoderPlan, EncoderReport
 from .scheduler.encoder import ENCODER_ROWS, EncoderRows
 from .support import can_store, no_content_hashes, own_transfer
+from .worker.loaded import loaded_model
+from .worker.model import encode
 from .worker.rank import RANK, Rank, close_rank
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ECConnectorOutput
@@ -73,7 +76,11 @@ class VLCacheEncoderConnector(ECConnectorBase):
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
         """Bring back the encoder outputs that this step needs."""
-        self._rank.encoder_rows.load(self._plan, encoder_cache)
+        self._rank.encoder_rows.load(self._plan, encoder_cache, self._encode)
+
+    def _encode(self, modality: str, data: Any) -> torch.Tensor:
+        device = torch.device(current_platform.device_type)
+        return encode(loaded_model(self._vllm_config), modality, data, device)
 
     def save_caches(
         self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any

@@ -345,6 +345,9 @@ class EncoderPlan(ECConnectorMetadata):
     """Content keys of evicted rows."""
     loads: dict[str, str] = field(default_factory=dict)
     """vLLM's item identifier -> content key of the rows to load into its encoder cache."""
+    inputs: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    """vLLM's item identifier -> (modality, processed inputs) of the rows in `loads`: what turns out
+    to be missing on a worker is computed there."""
     saves: dict[str, str] = field(default_factory=dict)
     """vLLM's item identifier -> content key to store its rows under, once they are computed."""
 

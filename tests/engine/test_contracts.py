@@ -143,11 +143,13 @@ def parts_of_the_worker_side() -> dict[str, type]:
     }
 
 
+NOT_GUARDED = ("close", "flush", "follow")
+"""The end of the engine, and whether what is below host memory belongs to the loaded weights."""
 CALLS = [
     f"{part}.{name}"
     for part, cls in parts_of_the_worker_side().items()
     for name, function in inspect.getmembers(cls, inspect.isfunction)
-    if not name.startswith("_") and name not in ("close", "flush")
+    if not name.startswith("_") and name not in NOT_GUARDED
 ]
 HOOKS = ("_prefill.before_layer", "_prefill.on_kv_write")
 """Inside of these is what may fail; they themselves only hand on."""

@@ -136,8 +136,8 @@ def test_a_lost_segment_is_computed_instead(
 def lose_everything(llm: Any) -> None:
     """The worker's store loses all segments and encoder rows, unknown to the scheduler side."""
     _, worker = sides(llm)
-    for key, kind in list(worker._storage.host._resident):
-        worker._storage.host.remove(key, kind)
+    for segment in list(worker._storage.host._resident):
+        worker._storage.host.remove(SegmentId(*segment))
 
 
 def test_lost_encoder_rows_are_computed_in_the_same_step(

@@ -13,6 +13,7 @@ import torch
 
 from tests.helpers.adapter import RANK, make_adapter
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine, answer_of, request_of
+from vlcache_connector.store import SegmentId
 
 PICTURE = (601, 224)
 DONOR = Ask(f"seen before {IMAGE} here", (PICTURE,))
@@ -104,7 +105,7 @@ def stored_kv(llm: Any) -> list[torch.Tensor]:
     segments = []
     for key, kind in list(worker._storage.host._resident):
         if kind == "kv":
-            with worker._storage.get(key, kind) as segment:
+            with worker._storage.get(SegmentId(key, kind)) as segment:
                 layers = range(len(worker._model.layer_names))
                 segments.append(torch.stack([torch.stack(segment.layer(i)) for i in layers]))
     return segments

@@ -44,7 +44,15 @@ def make_rows(index: ResidencyIndex, *, can_store: bool = True) -> EncoderRows:
 
 def request_for(image: str) -> Any:
     place = PlaceholderRange(offset=0, length=ROWS)
-    return SimpleNamespace(mm_features=[SimpleNamespace(identifier=image, mm_position=place)])
+    return SimpleNamespace(
+        mm_features=[
+            SimpleNamespace(identifier=image, mm_position=place, modality="image", data=None)
+        ]
+    )
+
+
+def no_encoder(modality: str, data: Any) -> torch.Tensor:
+    raise AssertionError("promised rows are there")
 
 
 def output(num_tokens: int) -> Any:
@@ -133,7 +141,7 @@ class World:
         for _, plan in plans:
             rank.begin_step(plan)
             cache: dict[str, torch.Tensor] = {}
-            rank.load(plan, cache)
+            rank.load(plan, cache, no_encoder)
             assert cache.keys() == loaded, "Encoder cache miss"
             for image, rows in cache.items():
                 assert (rows == IMAGES.index(image)).all()

@@ -6,7 +6,7 @@ vLLM seams: the scheduler-side methods of `ECConnectorBase`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import weights
 from ..config import VLCacheConfig
@@ -51,6 +51,7 @@ class EncoderRows:
         self._can_store = can_store
         self.index = index
         self._loads: dict[str, str] = {}
+        self._inputs: dict[str, tuple[str, Any]] = {}
         self._saves: dict[str, str] = {}
         self.num_encoded = 0
         """Rows that vLLM's own encoder computes in the step that is being scheduled."""
@@ -82,6 +83,7 @@ class EncoderRows:
         feature = request.mm_features[index]
         if self.has_cache_item(feature.identifier):
             self._loads[feature.identifier] = self._key(feature.identifier)
+            self._inputs[feature.identifier] = (feature.modality, feature.data)
         else:
             self.num_encoded += feature.mm_position.get_num_embeds()
             self.keep(feature)
@@ -112,9 +114,14 @@ class EncoderRows:
             if fetches or output.total_num_scheduled_tokens:
                 self._generation = weights.generation()
             plan = EncoderPlan(
-                self._step, self._generation, self.index.take_evicted(), self._loads, self._saves
+                self._step,
+                self._generation,
+                dropped=self.index.take_evicted(),
+                loads=self._loads,
+                inputs=self._inputs,
+                saves=self._saves,
             )
-            self._loads, self._saves, self.num_encoded = {}, {}, 0
+            self._loads, self._inputs, self._saves, self.num_encoded = {}, {}, {}, 0
             self._planned = output, plan
         return self._planned[1]
 

@@ -6,14 +6,21 @@ vLLM seams: the worker-side methods of `ECConnectorBase`
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from vllm.logger import init_logger
 
 from ..protocol import EncoderPlan, EncoderReport
 from ..store import Segment, SegmentId
+from .ranks import all_ranks_have, in_lockstep
 from .storage import Storage
 
 logger = init_logger(__name__)
+
+Encode = Callable[[str, Any], torch.Tensor]
+"""Runs the vision encoder on one item, by modality and processed inputs: rows [n, width]."""
 
 
 class EncoderRows:
@@ -47,39 +54,50 @@ class EncoderRows:
             try:
                 self._storage.remove(SegmentId(key, "encoder"))
             except Exception:
-                logger.exception("VLCache: encoder rows %s were not removed", key[:16])
+                logger.exception("VLCache: encoder rows %s could not be removed", key[:16])
 
-    def load(self, plan: EncoderPlan, encoder_cache: dict[str, torch.Tensor]) -> None:
-        """Put the promised rows into vLLM's encoder cache (identifier -> rows [n, width])."""
-        for identifier, key in plan.loads.items():
-            if identifier in encoder_cache:
-                continue
-            segment = self._storage.get(SegmentId(key, "encoder"))
-            if segment is None:
-                # vLLM ends the step with "Encoder cache miss" when it needs these rows.
-                logger.error("VLCache: promised encoder rows %s are not there", key[:16])
-                continue
-            encoder_cache[identifier] = segment.rows().to(
-                self._device, non_blocking=True, copy=True
-            )
-            self._storage.leaving.add(segment.release)
+    def load(
+        self, plan: EncoderPlan, encoder_cache: dict[str, torch.Tensor], encode: Encode
+    ) -> None:
+        """Put the promised rows into vLLM's encoder cache (identifier -> rows [n, width]).
+
+        Rows that are missing on any rank are computed on all of them.
+        """
+        wanted = [name for name in plan.loads if name not in encoder_cache]
+        with in_lockstep():
+            found: dict[str, torch.Tensor] = {}
+            for name in wanted:
+                try:
+                    found[name] = self._on_device(plan.loads[name])
+                except Exception:
+                    logger.exception("VLCache: promised encoder rows are not there; computing them")
+                    self.settled(plan.loads[name], is_stored=False)
+            everywhere = all_ranks_have([name in found for name in wanted])
+            for name, ok in zip(wanted, everywhere, strict=True):
+                encoder_cache[name] = found[name] if ok else encode(*plan.inputs[name])
+
+    def _on_device(self, key: str) -> torch.Tensor:
+        segment = self._storage.get(SegmentId(key, "encoder"))
+        if segment is None:
+            raise KeyError(key)
+        rows = segment.rows().to(self._device, non_blocking=True, copy=True)
+        self._storage.leaving.add(segment.release)
+        return rows
 
     def get(self, key: str, num_rows: int) -> Segment | None:
         """Open stored rows, so many of them; the caller has to release them."""
         segment = self._storage.get(SegmentId(key, "encoder"))
-        if segment is not None and segment.info.num_tokens != num_rows:
+        if segment is not None and segment.info.num_tokens == num_rows:
+            return segment
+        if segment is not None:
             segment.release()
-            return None
-        return segment
+        if key not in self._awaited:
+            self.settled(key, is_stored=False)
+        return None
 
     def put(self, key: str, rows: torch.Tensor) -> None:
-        """Keep new rows [n, width], if they are to be kept.
-
-        Rows that were promised, and computed all the same, are not on every rank: all drop them.
-        """
+        """Keep new rows [n, width], if they are to be kept."""
         if key not in self._awaited:
-            if key not in self._report.stored:
-                self._report.lost.add(key)
             return
         self._awaited.remove(key)
         try:

@@ -46,6 +46,13 @@ class Stretch:
     slot_mapping: dict[str, torch.Tensor]
 
 
+def encode(model: Any, modality: str, data: Any, device: torch.device) -> torch.Tensor:
+    """Run a model's vision encoder on one item's processed inputs: rows [n_embeds, width]."""
+    _, _, kwargs = next(iter(group_and_batch_mm_kwargs([(modality, data)], device=device)))
+    rows: torch.Tensor = model.embed_multimodal(**kwargs)[0]
+    return rows
+
+
 class SparsePrefillModel:
     """A vision-language model, seen by what a sparse prefill needs.
 
@@ -103,9 +110,7 @@ class SparsePrefillModel:
 
     def encode(self, modality: str, data: Any) -> torch.Tensor:
         """Run the vision encoder on one item's processed inputs: rows [n_embeds, width]."""
-        batches = group_and_batch_mm_kwargs([(modality, data)], device=self._device)
-        _, _, kwargs = next(iter(batches))
-        return self._model.embed_multimodal(**kwargs)[0]
+        return encode(self._model, modality, data, self._device)
 
     @contextmanager
     def forward(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from ..identity import check_identity, model_fingerprint
@@ -30,6 +31,8 @@ from .transfers import Admission, Transfers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
 
 
 class Storage:
@@ -76,7 +79,12 @@ class Storage:
             return
         self._generation = generation
         if self._transfers is not None:
-            [is_same] = all_ranks_have([self._is_unchanged()])
+            try:
+                is_same = self._is_unchanged()
+            except Exception:
+                logger.exception("VLCache: what the weights are now is not known")
+                is_same = False
+            [is_same] = all_ranks_have([is_same])
             self._transfers.set_open(is_same)
 
     def open_kv(self, key: str, positions: Tensor) -> KVWriter | None:

@@ -318,7 +318,8 @@ class WorkerSide:
             key = item.encoder_key
             if key not in known:
                 known[key] = self._model.encode(modality, data)
-                self._encoder_rows.put(key, known[key])
+                with self._guarded("store"):
+                    self._encoder_rows.put(key, known[key])
             entry.encoder_rows[item.index] = known[key]
 
     def compute_canonical(self, plans: Sequence[CanonicalPlan]) -> None:
@@ -405,6 +406,7 @@ class WorkerSide:
             waits = _IDLE_SECONDS if is_idle else 0.0
             self._report.fetched |= self._storage.take_fetched(waits)
             self._report.events |= self._storage.take_events()
+        with self._guarded("report"):
             self._report.encoder = self._encoder_rows.take_report()
         report, self._report = self._report, StepReport()
         if report.is_empty():
