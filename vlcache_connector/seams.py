@@ -310,6 +310,7 @@ SEAMS: tuple[Seam, ...] = (
         "get_num_layers get_num_kv_heads get_head_size get_inputs_embeds_size",
     ),
     _has("vllm.config:MultiModalConfig", "support.py", "mm_processor_cache_gb"),
+    *_is_there("support.py", "vllm.envs:VLLM_USE_RUST_FRONTEND"),
     _has("vllm.config:CacheConfig", "support.py", "block_size enable_prefix_caching"),
     _has("vllm.config:ECTransferConfig", "support.py", "is_ec_producer"),
     _has("vllm.config:CacheConfig", "identity.py", "cache_dtype"),

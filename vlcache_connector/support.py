@@ -1,6 +1,7 @@
 """What VLCache is configured to do, and the model that it does it with.
 
-vLLM seam: `VllmConfig` (`vllm/config`).
+vLLM seams: `VllmConfig` (`vllm/config`); `vllm/envs.py`, for another frontend than the one that is
+patched (`content.py`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import vllm.envs as envs
 from vllm.config import KVTransferConfig
 
 from .config import ConfigError, VLCacheConfig
@@ -153,7 +155,12 @@ def inert_reason(vllm_config: VllmConfig) -> str | None:
 
 
 def no_content_hashes(vllm_config: VllmConfig) -> str | None:
-    """Why vLLM gives images names that hold for one request only; None: it hashes them."""
+    """Why images come without a hash of their content that can be relied on; None: they do not."""
+    if envs.VLLM_USE_RUST_FRONTEND:
+        return (
+            "VLLM_USE_RUST_FRONTEND=1: what that frontend calls an image may be a client's name; "
+            "unset the variable"
+        )
     multimodal, cache = vllm_config.model_config.multimodal_config, vllm_config.cache_config
     if multimodal is None or multimodal.mm_processor_cache_gb > 0 or cache.enable_prefix_caching:
         return None

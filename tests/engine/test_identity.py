@@ -40,12 +40,7 @@ def reload_amid_a_capture(llm: Any, ask: Ask, model: str) -> tuple[int, int]:
     The request is in the middle of its image then, and goes on.
     """
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
-    prompt, params = request_of(ask)
-    params.max_tokens = 1
-    [engine_input] = llm.llm_engine.renderer.render_cmpl(
-        llm.llm_engine.renderer.render_prompts([prompt])
-    )
-    llm.llm_engine.add_request("in flight", engine_input, params)
+    llm.llm_engine.add_request("in flight", *request_of(ask))
     capturing = 0
     while not capturing:
         llm.llm_engine.step()
@@ -97,7 +92,7 @@ def test_reloaded_weights_find_nothing_of_the_old_ones_and_publish_nothing_under
 ) -> None:
     first = tiny_model()
     second = make_tiny_model(tmp_path / "second", seed=7)
-    engine = start(first, max_num_batched_tokens=48, enable_chunked_prefill=True)
+    engine = start(first, max_num_batched_tokens=128, max_num_seqs=8)
     engine.ask(DONOR)
     assert engine.call(flush)
     [before] = engine.ask(MOVED)

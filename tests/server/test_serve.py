@@ -186,3 +186,36 @@ def test_answers_over_the_openai_api(server: VLLMServer, client: httpx.Client) -
     assert refused.status_code == 400
     assert figures("still alive")["reused_tokens"] > 0
     assert "kv_transfer_params.vlcache: recompute_ratio=2" in server.log_path.read_text()
+
+
+def test_a_hash_in_a_token_in_request_is_taken_for_no_content(
+    server: VLLMServer, client: httpx.Client
+) -> None:
+    """Whoever sends another picture under a known one's hash neither gets nor leaves anything."""
+    serving = Serving(server, client)
+    known, other = (image_part(make_image(seed, 224)) for seed in (25, 26))
+
+    def rendered(text: str, picture: dict[str, Any]) -> dict[str, Any]:
+        messages = [{"role": "user", "content": [text_part(text), picture, text_part("why")]}]
+        answer = client.post(
+            f"{server.base_url}/v1/chat/completions/render",
+            json={"model": server.model, "messages": messages, "max_tokens": 1},
+        )
+        answer.raise_for_status()
+        body: dict[str, Any] = answer.json()
+        return body
+
+    serving.ask("known", known)
+    before = serving.scrape()
+    forged = rendered("another one", other)
+    forged["features"]["mm_hashes"] = rendered("known", known)["features"]["mm_hashes"]
+    for body in (forged, rendered("known, in its own name", known)):
+        answer = client.post(f"{server.base_url}/inference/v1/generate", json=body)
+        assert answer.status_code == 200, answer.text
+    after = serving.scrape()
+    refused = metrics.REFUSED.name
+    assert after(refused, reason="client_uuid") == before(refused, reason="client_uuid") + 2
+    assert after.by(metrics.STORED_SEGMENTS) == before.by(metrics.STORED_SEGMENTS)
+    figures = serving.ask("known, at another place", known)
+    assert figures is not None
+    assert figures["reused_tokens"] > 0

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from vllm.multimodal.inputs import PlaceholderRange
 
 from tests.helpers.made_requests import content
+from vlcache_connector import weights
 from vlcache_connector.config import VLCacheConfig
 from vlcache_connector.keys import encoder_key
 from vlcache_connector.protocol import EncoderPlan, EncoderReport
@@ -226,3 +227,58 @@ def test_every_image_is_kept_in_turn_after_all_that_is_kept_was_asked_for() -> N
             assert rows.has_cache_item(image)
             rows.plan(output(1))
     assert len(index) == 2
+
+
+class Weights:
+    """Those of a worker, and the tiers that are used by their leave."""
+
+    def __init__(self) -> None:
+        self.is_unchanged = True
+        self.compared = 0
+        self.is_open = True
+
+    def compare(self) -> bool:
+        self.compared += 1
+        return self.is_unchanged
+
+    def set_open(self, is_open: bool) -> None:
+        self.is_open = is_open
+
+
+def test_weights_are_compared_once_a_generation_and_only_when_they_are_in_place(
+    stores: list[LMCacheSegmentStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While vLLM sleeps, steps without tokens still run, and the weights may be gone."""
+    monkeypatch.setattr("vlcache_connector.worker.storage.all_ranks_have", list)
+    held: Any = Weights()
+    storage = Storage(stores[0], 1, transfers=held, is_unchanged=held.compare)
+    rank = worker.EncoderRows(storage, torch.device("cpu"))
+    rows = make_rows(make_index(3, 1))
+    rank.begin_step(rows.plan(output(1)))
+    before = held.compared
+
+    weights.may_have_changed()
+    held.is_unchanged = False
+    rank.begin_step(rows.plan(output(0)))
+    assert (held.compared, held.is_open) == (before, True)
+    rank.begin_step(rows.plan(output(0), fetches=True))
+    assert (held.compared, held.is_open) == (before + 1, False)
+    rank.begin_step(rows.plan(output(1)))
+    assert held.compared == before + 1
+
+    weights.may_have_changed()
+    held.is_unchanged = True
+    rank.begin_step(rows.plan(output(1)))
+    assert (held.compared, held.is_open) == (before + 2, True)
+
+
+def test_nothing_is_found_or_half_stored_after_the_weights_changed() -> None:
+    index = make_index(3, 1)
+    rows = make_rows(index)
+    rows.update_state_after_alloc(request_for(IMAGES[0]), 0)
+    [key] = rows.plan(output(1)).saves.values()
+    rows.reset()
+    assert rows.plan(output(1)).dropped == [key]
+    rows.update_from_report(EncoderReport(stored={key: 1}))  # of the step before
+    assert not rows.has_cache_item(IMAGES[0])
+    assert rows.plan(output(1)).dropped == [key]

@@ -254,6 +254,14 @@ def test_images_without_content_hashes_are_said_to_turn_it_off(
         assert inert_reason(engine_config(tiny_model(), **{option: value})) is None
 
 
+def test_a_frontend_that_tells_no_content_from_names_turns_it_off(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = engine_config(tiny_model())
+    monkeypatch.setattr("vllm.envs.VLLM_USE_RUST_FRONTEND", True)
+    assert (inert_reason(config) or "").startswith("VLLM_USE_RUST_FRONTEND=1: ")
+
+
 def test_a_model_that_other_classes_run_is_left_alone(tiny_model: Callable[..., Path]) -> None:
     reason = inert_reason(engine_config(tiny_model(), model_impl="transformers")) or ""
     assert reason.startswith("architecture TransformersMultiModalForCausalLM is untested; ")

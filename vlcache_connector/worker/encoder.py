@@ -54,7 +54,7 @@ class EncoderRows:
             try:
                 self._storage.remove(SegmentId(key, "encoder"))
             except Exception:
-                logger.exception("VLCache: encoder rows %s could not be removed", key[:16])
+                logger.exception("VLCache: encoder rows %s were not removed", key[:16])
 
     def load(
         self, plan: EncoderPlan, encoder_cache: dict[str, torch.Tensor], encode: Encode
@@ -87,17 +87,19 @@ class EncoderRows:
     def get(self, key: str, num_rows: int) -> Segment | None:
         """Open stored rows, so many of them; the caller has to release them."""
         segment = self._storage.get(SegmentId(key, "encoder"))
-        if segment is not None and segment.info.num_tokens == num_rows:
-            return segment
-        if segment is not None:
+        if segment is not None and segment.info.num_tokens != num_rows:
             segment.release()
-        if key not in self._awaited:
-            self.settled(key, is_stored=False)
-        return None
+            return None
+        return segment
 
     def put(self, key: str, rows: torch.Tensor) -> None:
-        """Keep new rows [n, width], if they are to be kept."""
+        """Keep new rows [n, width], if they are to be kept.
+
+        Rows that were promised, and computed all the same, are not on every rank: all drop them.
+        """
         if key not in self._awaited:
+            if key not in self._report.stored:
+                self._report.lost.add(key)
             return
         self._awaited.remove(key)
         try:

@@ -83,8 +83,8 @@ def loaded_model(vllm_config: VllmConfig) -> torch.nn.Module:
 
 def holds_what_was_loaded(vllm_config: VllmConfig) -> bool:
     """Whether the model has the weights that it was loaded with."""
-    loaded, model = _find(vllm_config)
     try:
+        loaded, model = _find(vllm_config)
         return checksum(model) == loaded.checksum
     except Exception:
         logger.exception("VLCache: the weights can't be compared with those that were loaded")

@@ -185,7 +185,7 @@ def test_what_was_refused_is_not_asked_for_again_until_it_was_stored_anew(
     first = make_store()
     put(first, "a/0")
     writing = transfers(first, disk(tmp_path))
-    writing.write("a/0", "kv")
+    writing.write(SegmentId("a/0", "kv"))
     assert writing.flush(20.0)
 
     moving = transfers(make_store(), disk(tmp_path))
@@ -199,7 +199,7 @@ def test_what_was_refused_is_not_asked_for_again_until_it_was_stored_anew(
     put(store, "a/0")
     own = transfers(store, disk(tmp_path))
     assert fetch(own, "a/0", num_tokens=TOKENS + 1).key is None
-    own.write("a/0", "kv")
+    own.write(SegmentId("a/0", "kv"))
     assert own.flush(20.0)
     assert fetch(own, "a/0").key == "a/0"
     for each in (writing, moving, own):
@@ -212,11 +212,11 @@ def test_while_the_weights_are_others_nothing_is_read_or_written(
     store = make_store()
     put(store, "before/0")
     moving = transfers(store, disk(tmp_path))
-    moving.write("before/0", "kv")
+    moving.write(SegmentId("before/0", "kv"))
     assert moving.flush(20.0)
     moving.set_open(False)
     put(store, "after/0")
-    moving.write("after/0", "kv")
+    moving.write(SegmentId("after/0", "kv"))
     assert moving.flush(20.0)
     ended = fetch(moving, "before/0")
     assert (ended.key, ended.no_answer) == (None, "skipped")
