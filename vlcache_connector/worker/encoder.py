@@ -85,21 +85,22 @@ class EncoderRows:
         return rows
 
     def get(self, key: str, num_rows: int) -> Segment | None:
-        """Open stored rows, so many of them; the caller has to release them."""
+        """Open stored rows, so many of them; the caller has to release them.
+
+        Rows that are neither here nor to be stored in this step were promised, and are lost.
+        """
         segment = self._storage.get(SegmentId(key, "encoder"))
-        if segment is not None and segment.info.num_tokens != num_rows:
+        if segment is not None and segment.info.num_tokens == num_rows:
+            return segment
+        if segment is not None:
             segment.release()
-            return None
-        return segment
+        if key not in self._awaited:
+            self.settled(key, is_stored=False)
+        return None
 
     def put(self, key: str, rows: torch.Tensor) -> None:
-        """Keep new rows [n, width], if they are to be kept.
-
-        Rows that were promised, and computed all the same, are not on every rank: all drop them.
-        """
+        """Keep new rows [n, width], if they are to be kept."""
         if key not in self._awaited:
-            if key not in self._report.stored:
-                self._report.lost.add(key)
             return
         self._awaited.remove(key)
         try:
