@@ -6,9 +6,7 @@ process works reliably, so every architecture gets its own process.
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.quick_start import QUICK_START
+from tests.helpers.engine import Engine
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
 ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision")
@@ -73,19 +71,12 @@ def _image(seed: int, size: int = 224) -> Image.Image:
 # --------------------------------------------------------------------------------------------
 
 
-def _run_in_vllm(model_dir: str, arch: str) -> dict[str, Any]:
+def _run_in_vllm(llm: Any, model_dir: Path, arch: str) -> dict[str, Any]:
     """What vLLM makes of the model, and the largest deviation from transformers."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    llm = LLM(
-        model=model_dir,
-        enforce_eager=True,
-        dtype="float32",
-        max_model_len=2048,
-        limit_mm_per_prompt={"image": 4, "video": 1},
-    )
     config = json.loads(Path(model_dir, "config.json").read_text())
     image_id = config.get("image_token_id", config.get("image_token_index"))
     video_id = config.get("video_token_id", config.get("video_token_index"))
@@ -185,23 +176,11 @@ def _difference(first: dict[str, Any], second: dict[str, Any]) -> float:
 @pytest.mark.parametrize(("arch", "size"), [("llava_onevision", "tiny"), ("qwen2_5_vl", "bench")])
 def test_vllm_loads_and_runs_the_model(arch: str, size: str, tmp_path: Path) -> None:
     model = make_tiny.make_tiny_model(tmp_path / "model", arch, size)
-    output = tmp_path / "results.json"
-    process = subprocess.run(
-        [sys.executable, "-m", __name__, str(model), arch, str(output)],
-        env=os.environ
-        | QUICK_START
-        | {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
-    results = json.loads(output.read_text())
+    engine = Engine(model, None, max_model_len=2048)
+    try:
+        results = engine.call(_run_in_vllm, model, arch)
+    finally:
+        engine.close()
 
     tokens = IMAGE_TOKENS[arch]
     assert results["one_1"]["image_tokens"] == tokens[224]
@@ -378,8 +357,3 @@ def test_command_line(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit, match="2"):
         make_tiny.main(["--arch", "qwen4", str(tmp_path / "model")])
     assert "qwen2_5_vl" in capsys.readouterr().err
-
-
-if __name__ == "__main__":
-    model_dir, arch_name, output_path = sys.argv[1:]
-    Path(output_path).write_text(json.dumps(_run_in_vllm(model_dir, arch_name)))

@@ -37,9 +37,12 @@ def taking_turns() -> Iterator[None]:
 
     Ranks and engines that start together would else all count on the same free memory.
     """
-    path = Path(tempfile.gettempdir()) / f"vlcache-memory-{os.getuid()}.lock"
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        # Where there is no folder for a lock, others are not waited for.
+        with contextlib.suppress(OSError):
+            path = Path(tempfile.gettempdir()) / f"vlcache-memory-{os.getuid()}.lock"
+            file = stack.enter_context(path.open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

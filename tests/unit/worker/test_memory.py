@@ -64,6 +64,14 @@ def test_those_that_start_together_look_at_memory_one_after_the_other(
         assert sorted(pool.map(lambda _: start(), range(2))) == [False, True]
 
 
+def test_nobody_is_waited_for_where_there_is_no_folder_for_a_lock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/nowhere")
+    with taking_turns(), taking_turns():
+        pass
+
+
 def test_host_memory_that_is_not_there_is_refused(limits: dict[str, int | None]) -> None:
     limits["limit"] = GIB
     check_memory(VLCacheConfig(), GIB, CPU)
