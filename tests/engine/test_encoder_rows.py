@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers.encoder import count_encoder_runs, forget_vllms_encoder_cache
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine
+from vlcache_connector.store import SegmentId
 
 A, B = (301, 224), (302, 336, 224)
 
@@ -192,3 +193,27 @@ def test_the_encoder_half_alone_keeps_storing(
         assert evicted > 0
     finally:
         engine.close()
+
+
+def lose_rows(llm: Any) -> None:
+    """The worker's store loses all encoder rows, and vLLM's own cache is emptied."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    host = get_kv_transfer_group()._worker._storage.host
+    for key, kind in list(host._resident):
+        if kind == "encoder":
+            host.remove(SegmentId(key, kind))
+    reset_encoder_cache(llm)
+
+
+def test_promised_rows_that_are_not_there_are_encoded_again(
+    engines: Callable[..., Engine],
+) -> None:
+    """For a request that reuses no KV, and so leaves its image to vLLM's own forward."""
+    engine, image = engines({}), (997, 224)
+    engine.ask(Ask(f"to be lost {IMAGE}", (image,)))
+    engine.call(lose_rows)
+    ask = Ask(f"lost by now {IMAGE} what", (image,), max_tokens=2, vlcache={"enabled": False})
+    [answer] = engine.ask(ask)
+    assert answer.finish_reason == "length"
+    assert_plain(answer, ask, engines)
