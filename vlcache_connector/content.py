@@ -91,8 +91,10 @@ def _get_mm_hashes(
     }
 
 
-def _apply(original: Callable[..., Any], self: Any, inputs: ProcessorInputs, *args: Any) -> Any:
-    result = original(self, inputs, *args)
+def _apply(
+    original: Callable[..., Any], self: Any, inputs: ProcessorInputs, *args: Any, **kwargs: Any
+) -> Any:
+    result = original(self, inputs, *args, **kwargs)
     result["mm_hashes"] = {
         modality: [
             ItemHash(of_item) if is_named else ContentHash(of_item)

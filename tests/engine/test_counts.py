@@ -28,10 +28,10 @@ def count(llm: Any, asks: Sequence[Ask]) -> dict[str, int]:
         counts["encoder"] += 1
         return encode(**kwargs)
 
-    def counting_forward(token_ids: Any, *args: Any) -> None:
+    def counting_forward(token_ids: Any, *args: Any) -> Any:
         counts["sparse_tokens"] += len(token_ids)
         counts["sparse_passes"] += 1
-        forward(token_ids, *args)
+        return forward(token_ids, *args)
 
     model.embed_multimodal, adapter.forward = counting_encode, counting_forward
     try:

@@ -190,7 +190,11 @@ def test_a_model_that_can_not_compute_follows_vllms_policy(
             "kv_connector": "VLCacheConnector",
             "kv_role": "kv_both",
             "kv_load_failure_policy": policy,
-            "kv_connector_extra_config": {"cpu_bytes": "64MiB", "encoder_cpu_bytes": "64MiB"},
+            "kv_connector_extra_config": {
+                "cpu_bytes": "64MiB",
+                "encoder_cpu_bytes": "64MiB",
+                "gate": "off",
+            },
         },
     )
     try:

@@ -25,23 +25,27 @@ SIDE = 224
 IMAGES = 3
 """Of each kind: those that are always shown behind the same text, and those that move."""
 
+MANY_STEPS = 500
+
 # -- inside the engine's process --------------------------------------------------------------
 
 
 def submit(llm: Any, name: str, ask: Ask) -> str:
-    """Add a request; vLLM's name for it."""
+    """Add a request; the name under which vLLM aborts it."""
     prompt, params = request_of(ask)
     return llm.llm_engine.add_request(name, prompt, params) or name
 
 
 def step(llm: Any, count: int | None) -> dict[str, Answer]:
-    """So many steps, or all there are to make; what finished in them, by vLLM's names."""
+    """So many steps, or all there are to make; what finished in them, by name."""
     engine, answers = llm.llm_engine, {}
-    while engine.has_unfinished_requests() and (count is None or count > 0):
+    for _ in range(MANY_STEPS if count is None else count):
+        if not engine.has_unfinished_requests():
+            break
         for output in engine.step():
             if output.finished:
                 answers[output.request_id] = answer_of(output)
-        count = None if count is None else count - 1
+    assert count is not None or not engine.has_unfinished_requests(), "requests hang"
     return answers
 
 
@@ -86,6 +90,7 @@ class Life(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.running: dict[str, Ask] = {}
+        self.internal: dict[str, str] = {}
         self.stored: dict[tuple[int, ...], bool | None] = {}
         self.paused: Literal["no", "new", "all"] = "no"
         self.count = 0
@@ -105,13 +110,18 @@ class Life(RuleBasedStateMachine):
 
     def submit(self, ask: Ask) -> None:
         self.count += 1
-        self.running[self.engine.call(submit, str(self.count), ask)] = ask
+        name = str(self.count)
+        self.running[name], self.internal[name] = ask, self.engine.call(submit, name, ask)
         if not self.stored.get(ask.images[0]):
             self.stored[ask.images[0]] = None
 
     def abort_all(self) -> None:
-        self.engine.call(abort, list(self.running))
-        self.running.clear()
+        for name in list(self.running):
+            self.abort_one(name)
+
+    def abort_one(self, name: str) -> None:
+        self.engine.call(abort, [self.internal[name]])
+        del self.running[name]
 
     def forget_all(self) -> None:
         self.stored = {ask.images[0]: None for ask in self.running.values()}
@@ -147,8 +157,7 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.running)))
-        self.engine.call(abort, [name])
-        del self.running[name]
+        self.abort_one(name)
 
     @rule(connector=st.booleans(), running=st.booleans())
     def reset_prefix_cache(self, connector: bool, running: bool) -> None:

@@ -54,9 +54,9 @@ def run_beside_a_decoding_neighbour(llm: Any, asks: list[Ask]) -> tuple[list[Ste
 
     forward = model.forward if model is not None else None
 
-    def counting_forward(token_ids: Any, *args: Any) -> None:
+    def counting_forward(token_ids: Any, *args: Any) -> Any:
         tokens["sparse"] += len(token_ids)
-        forward(token_ids, *args)
+        return forward(token_ids, *args)
 
     scheduler.schedule = counting_schedule
     if model is not None:

@@ -96,8 +96,11 @@ def start(tiny_model: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
                 "encoder_cpu_bytes": "64MiB",
                 "write_queue_bytes": "64MiB",
                 "min_recompute_tokens": 0,
+                "gate": "off",
                 # An engine that knows how fast it computes finds no load of this model worth it.
                 "break_even": False,
+                # Images move to other places here.
+                "gate": "off",
                 **EXACT,
                 **connector,
             },

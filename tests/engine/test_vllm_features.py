@@ -135,5 +135,5 @@ def test_eviction_keeps_the_budget_and_answers(tiny_model: Callable[..., Path]) 
 
 
 def test_unsupported_options_end_the_start(tiny_model: Callable[..., Path]) -> None:
-    with pytest.raises(EngineError, match=r"video_pruning_rate: pruning changes positions"):
+    with pytest.raises(EngineError, match=r"video_pruning_rate=0\.5: pruning changes positions"):
         Engine(tiny_model(), {}, video_pruning_rate=0.5)

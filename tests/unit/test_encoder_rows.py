@@ -124,6 +124,9 @@ class World:
             for number, rank in enumerate(self.ranks)
         ]
         self.rows.update_from_report(reduce(EncoderReport.aggregate, reports))
+        if fails_on is None:
+            for _, plan in plans:
+                assert all(map(self.index.is_ready, plan.saves.values()))
 
     def run_rank(
         self,

@@ -142,11 +142,6 @@ def test_what_does_not_fit_twice_is_read_from_the_host() -> None:
     device.drain()
 
 
-def make_loader(storage: Any, shape: KVShape) -> Loader:
-    nothing: Any = SimpleNamespace()
-    return Loader(storage, nothing, nothing, shape, CPU, write_by_vllm, lambda _: nothing)
-
-
 def test_a_device_without_room_for_the_ring_is_one_line_and_no_ring(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -156,12 +151,13 @@ def test_a_device_without_room_for_the_ring_is_one_line_and_no_ring(
     device = Device(0)
     storage: Any = SimpleNamespace(side=device, leaving=Leaving(device, CPU))
     shape = KVShape(7, 2, 8, torch.float32, block_size=16)
-    made = make_loader(storage, shape)
+    nobody: Any = None
+    made = Loader(storage, nobody, nobody, shape, CPU, write_by_vllm, nobody)
     entries = []
     for number in range(2):
         segment = make_segment(number, 7, 2)
         placed = PlacedSegment(segment, SPEC, torch.arange(2), None)
-        entries.append(LoadedPlan(SimpleNamespace(), {0: segment}, {0: placed}))
+        entries.append(LoadedPlan(nobody, {0: segment}, {0: placed}))
     with monkeypatch.context() as patched, caplog.at_level("WARNING", logger=loader.__name__):
         patched.setattr(torch, "empty", no_room)
         for entry in entries:
@@ -177,12 +173,13 @@ def test_a_load_reads_through_the_ring() -> None:
     device = Device(0)
     storage: Any = SimpleNamespace(side=device, leaving=Leaving(device, CPU))
     shape = KVShape(7, 2, 8, torch.float32, block_size=16)
-    made = make_loader(storage, shape)
+    nobody: Any = None
+    made = Loader(storage, nobody, nobody, shape, CPU, write_by_vllm, nobody)
     released: list[int] = []
     segment = make_segment(1, 7, 2)
     segment._on_release = lambda _: released.append(1)
     placed = PlacedSegment(segment, SPEC, torch.arange(2), None)
-    entry = LoadedPlan(SimpleNamespace(), {0: segment}, {0: placed})
+    entry = LoadedPlan(nobody, {0: segment}, {0: placed})
     made.stage([entry])
     key, _ = entry.placed[0].kv(6, slice(0, 2))
     found = torch.zeros_like(key)

@@ -112,10 +112,8 @@ class Staged:
     """The slowest tier that anything was fetched from, encoder rows included."""
     layout: Layout | None = None
     """None: nothing is claimed."""
-    to_encode: tuple[int, ...] = ()
-    """Items that the sparse prefill computes and whose encoder rows are not stored."""
-    encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
-    """See `ReusePlan`."""
+    encoded: tuple[int, ...] = ()
+    """Items that the claim computes and that have no stored encoder rows."""
 
     def without_last(self, layout: Layout) -> Staged:
         """The last item of a layout is not reused: a step has no room for what leads to it."""

@@ -253,21 +253,16 @@ class SchedulerSide:
         )
         while layout is not None:
             computed = self._items_in_runs(tracked, layout)
-            new = [i for i in computed if not self._encoder_rows.index.is_ready(i.encoder_key)]
-            features = {
-                item.index: request.mm_features[item.index]
-                for item in tracked.items
-                if item.span.clip(layout.claim.start, layout.claim.end)
-            }
-            planned = replace(
-                staged,
-                layout=layout,
-                to_encode=tuple(item.index for item in new),
-                encoder_inputs={index: (f.modality, f.data) for index, f in features.items()},
+            encoded = tuple(
+                item.index
+                for item in computed
+                if not self._encoder_rows.index.is_ready(item.encoder_key)
             )
+            planned = replace(staged, layout=layout, encoded=encoded)
+            inputs = self._encoder_inputs(tracked, layout)
             if not self._is_worth_it(request, planned, layout):
                 staged = staged.without_last(layout)
-            elif all(feature.data is not None for feature in features.values()):
+            elif all(data is not None for _, data in inputs.values()):
                 for item in computed:
                     self._encoder_rows.promise(item.encoder_key)
                 for reuse in layout.reused:
@@ -275,6 +270,15 @@ class SchedulerSide:
                 return planned
             layout = layout.shorter()
         return staged
+
+    @staticmethod
+    def _encoder_inputs(tracked: TrackedRequest, layout: Layout) -> dict[int, tuple[str, Any]]:
+        """See `ReusePlan`."""
+        claim, features = layout.claim, tracked.request.mm_features
+        items = [item for item in tracked.items if item.span.clip(claim.start, claim.end)]
+        return {
+            item.index: (features[item.index].modality, features[item.index].data) for item in items
+        }
 
     @staticmethod
     def _items_in_runs(tracked: TrackedRequest, layout: Layout) -> list[Item]:
@@ -304,7 +308,7 @@ class SchedulerSide:
         tokens, encoded = 0, 0
         if staged is not None and staged.layout is not None:
             num_computed, tokens = staged.layout.claim.end, staged.layout.num_computed
-            items = (request.mm_features[index] for index in staged.to_encode)
+            items = (request.mm_features[index] for index in staged.encoded)
             encoded = sum(feature.mm_position.get_num_embeds() for feature in items)
         rest = self._budget.chunk(request.num_tokens - num_computed)
         rest_encoded = sum(
@@ -339,7 +343,7 @@ class SchedulerSide:
                 f"vLLM took {num_external} of {len(layout.claim)} claimed tokens of request "
                 f"{request.request_id}"
             )
-        for index in staged.to_encode:
+        for index in staged.encoded:
             self._encoder_rows.keep(request.mm_features[index])
         if request.prefill_stats is not None and request.num_preemptions == 0:
             # What the sparse prefill computes is not cached; vLLM counts all of the claim as such.

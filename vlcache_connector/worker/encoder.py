@@ -54,7 +54,7 @@ class EncoderRows:
             try:
                 self._storage.remove(SegmentId(key, "encoder"))
             except Exception:
-                logger.exception("VLCache: encoder rows %s were not removed", key[:16])
+                logger.exception("VLCache: encoder rows %s could not be removed", key[:16])
 
     def load(
         self, plan: EncoderPlan, encoder_cache: dict[str, torch.Tensor], encode: Encode
@@ -85,10 +85,7 @@ class EncoderRows:
         return rows
 
     def get(self, key: str, num_rows: int) -> Segment | None:
-        """Open stored rows, so many of them; the caller has to release them.
-
-        Rows that are neither here nor to be stored in this step were promised, and are lost.
-        """
+        """Open stored rows, so many of them; the caller has to release them."""
         segment = self._storage.get(SegmentId(key, "encoder"))
         if segment is not None and segment.info.num_tokens == num_rows:
             return segment

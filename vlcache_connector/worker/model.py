@@ -8,7 +8,6 @@ Qwen3-VL's deepstack buffers (`vllm/model_executor/models/qwen3_vl.py`), and
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -113,28 +112,23 @@ class SparsePrefillModel:
         """Run the vision encoder on one item's processed inputs: rows [n_embeds, width]."""
         return encode(self._model, modality, data, self._device)
 
+    @contextmanager
     def forward(
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         encoder_rows: list[torch.Tensor],
         is_embed: torch.Tensor,
-        stretches: Iterator[Stretch],
-    ) -> None:
+    ) -> Iterator[NestedPass]:
         """One pass over scattered tokens; its only result is their KV in the paged cache.
-
-        A pass whose rows stay the same runs as a whole, as vLLM would run it (compiled, if so
-        configured); one whose rows shrink runs layer by layer.
 
         Args:
             token_ids: int64 [n].
             positions: int64 [3, n] or [1, n].
             encoder_rows: the encoder rows of the tokens with `is_embed`, in order, on any device.
             is_embed: bool [n], on the CPU.
-            stretches: at least one; each is asked for when the one before has run. Layers behind
-                the last one are left out.
         """
-        with self._nested_pass(len(token_ids)):
+        with self._own_state(len(token_ids)):
             embeds = self._model.embed_input_ids(
                 upload(token_ids, self._device),
                 multimodal_embeddings=[
@@ -143,38 +137,34 @@ class SparsePrefillModel:
                 is_multimodal=upload(is_embed, self._device),
             ).to(model_dtype(self._vllm_config))
             axes = positions if positions.shape[0] == 3 else positions[0]
-            axes = upload(axes, self._device)
-            first = next(stretches)
-            if len(first.layers) == len(self.layers):
-                with self._context(first, len(embeds)):
-                    self._model(
-                        input_ids=None,
-                        positions=axes.contiguous(),
-                        intermediate_tensors=None,
-                        inputs_embeds=embeds,
-                    )
-                next(stretches, None)
-            else:
-                self._run_by_layer(embeds, axes, itertools.chain([first], stretches))
+            yield NestedPass(self, embeds, upload(axes, self._device))
 
-    def _run_by_layer(
-        self, hidden: torch.Tensor, positions: torch.Tensor, stretches: Iterator[Stretch]
-    ) -> None:
+    def run_whole(self, stretch: Stretch, hidden: torch.Tensor, positions: torch.Tensor) -> None:
+        """All decoder layers of a nested pass, through the model's own forward."""
+        with self._context(stretch, len(hidden)):
+            self._model(
+                input_ids=None,
+                positions=positions,
+                intermediate_tensors=None,
+                inputs_embeds=hidden,
+            )
+
+    def run_layers(
+        self,
+        stretch: Stretch,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        deepstack: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Some decoder layers of a nested pass: hidden states and residual behind them."""
         layers = self._decoder_layers()
-        deepstack = self._take_deepstack(len(hidden))
-        residual = None
-        for stretch in stretches:
-            if stretch.stays is not None:
-                stays = upload(stretch.stays, self._device)
-                hidden, positions = hidden[stays], positions[..., stays]
-                residual = None if residual is None else residual[stays]
-                deepstack = [rows[stays] for rows in deepstack]
-            positions = positions.contiguous()
-            with self._context(stretch, len(hidden)):
-                for index in stretch.layers:
-                    hidden, residual = layers[index](positions, hidden, residual)
-                    if index < len(deepstack):
-                        hidden = hidden + deepstack[index]
+        with self._context(stretch, len(hidden)):
+            for index in stretch.layers:
+                hidden, residual = layers[index](positions, hidden, residual)
+                if index < len(deepstack):
+                    hidden = hidden + deepstack[index]
+        return hidden, residual
 
     def _context(self, stretch: Stretch, num_tokens: int) -> AbstractContextManager[None]:
         return set_forward_context(
@@ -192,7 +182,7 @@ class SparsePrefillModel:
             raise RuntimeError(f"{len(layers)} decoder layers for {len(self.layers)} KV caches")
         return layers
 
-    def _take_deepstack(self, num_tokens: int) -> list[torch.Tensor]:
+    def take_deepstack(self, num_tokens: int) -> list[torch.Tensor]:
         """Rows [num_tokens, width] that Qwen3-VL adds behind its first layers, one per layer."""
         if not getattr(self._model, "deepstack_input_embeds_num_tokens", 0):
             return []
@@ -202,7 +192,7 @@ class SparsePrefillModel:
         return taken
 
     @contextmanager
-    def _nested_pass(self, num_tokens: int) -> Iterator[None]:
+    def _own_state(self, num_tokens: int) -> Iterator[None]:
         """Put aside what vLLM has set on the model for its own batch; back on every way out.
 
         It prepares that batch before the sparse prefill runs.
@@ -245,6 +235,45 @@ class SparsePrefillModel:
                 model._clear_deepstack_input_embeds(left)
             if saved:
                 model._set_deepstack_input_embeds(torch.stack(saved))
+
+
+class NestedPass:
+    """A pass that has begun: its stretches run one after the other.
+
+    Args:
+        hidden: embeddings of the tokens, [n, width].
+        positions: int64 [3, n] or [n].
+    """
+
+    def __init__(
+        self, model: SparsePrefillModel, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        self._model = model
+        self._hidden = hidden
+        self._positions = positions
+        self._residual: torch.Tensor | None = None
+        self._deepstack: list[torch.Tensor] | None = None
+
+    def run(self, stretch: Stretch) -> None:
+        """Run the next layers.
+
+        All of them at once run as vLLM would run them (compiled, if so configured), others one by
+        one. Layers behind the last stretch that is run are left out.
+        """
+        if len(stretch.layers) == len(self._model.layers):
+            self._model.run_whole(stretch, self._hidden, self._positions.contiguous())
+            return
+        if self._deepstack is None:
+            self._deepstack = self._model.take_deepstack(len(self._hidden))
+        if stretch.stays is not None:
+            stays = upload(stretch.stays, self._hidden.device)
+            self._hidden, self._positions = self._hidden[stays], self._positions[..., stays]
+            self._residual = None if self._residual is None else self._residual[stays]
+            self._deepstack = [rows[stays] for rows in self._deepstack]
+        self._positions = self._positions.contiguous()
+        self._hidden, self._residual = self._model.run_layers(
+            stretch, self._hidden, self._residual, self._positions, self._deepstack
+        )
 
 
 def _number_behind(name: str) -> int:

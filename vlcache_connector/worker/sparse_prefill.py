@@ -24,7 +24,7 @@ from ..protocol import Item, ItemReuse, ReusePlan, Span
 from .blend import distances, farthest
 from .capture import SegmentCapture
 from .injection import Injection, PlacedSegment, ReusedRows
-from .model import SparsePrefillModel, Stretch
+from .model import NestedPass, SparsePrefillModel, Stretch
 from .ranks import agreed, in_lockstep, sum_over_ranks
 
 
@@ -261,13 +261,8 @@ class SparsePrefill:
                 token_ids, positions, rows, is_embed = self._inputs_of(this_pass)
             for part in this_pass.parts:
                 self._expect_captures(part)
-            self._model.forward(
-                token_ids,
-                positions,
-                rows,
-                is_embed,
-                self._stretches(this_pass, injection, computed),
-            )
+            with self._model.forward(token_ids, positions, rows, is_embed) as nested:
+                self._run_layers(nested, this_pass, injection, computed)
             with agreed():
                 self._raise_fault()
         finally:
@@ -296,10 +291,14 @@ class SparsePrefill:
             is_embed.append(mask)
         return torch.cat(token_ids), torch.cat(positions, dim=1), rows, torch.cat(is_embed)
 
-    def _stretches(
-        self, this_pass: _Pass, injection: Injection, computed: dict[int, np.ndarray]
-    ) -> Iterator[Stretch]:
-        """The layers in stretches with the same rows; resumed when a stretch has run."""
+    def _run_layers(
+        self,
+        nested: NestedPass,
+        this_pass: _Pass,
+        injection: Injection,
+        computed: dict[int, np.ndarray],
+    ) -> None:
+        """Run the layers in stretches with the same rows."""
         alive = np.ones(this_pass.num_rows, dtype=bool)
         for layers in this_pass.stretches(self._num_layers):
             before = alive
@@ -326,7 +325,7 @@ class SparsePrefill:
                 return
             with self._capturing():
                 self._capture.rows_change()
-            yield Stretch(layers, stays, metadata, slot_mapping)
+            nested.run(Stretch(layers, stays, metadata, slot_mapping))
 
     def _distances(self, part: _Part, reuse: ItemReuse, before: np.ndarray) -> torch.Tensor:
         """How far the fresh keys of an item's tokens in this part are from the donor's.

@@ -1,13 +1,13 @@
 """The sparse prefill's passes against a token-by-token account, with a model that only notes.
 
-The stand-in for the model asks for stretches, keeps rows and writes KV as a real one does; what it
+The stand-in for the model runs stretches, keeps rows and writes KV as a real one does; what it
 writes says which layer and token it is. The paged cache refuses a second write of the same slot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -200,18 +200,16 @@ class Engine:
         mapping = torch.from_numpy(np.concatenate(slots))
         return dict.fromkeys(NAMES, tuple(rows)), dict.fromkeys(NAMES, mapping)
 
+    @contextmanager
     def forward(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        encoder_rows: list[Tensor],
-        is_embed: Tensor,
-        stretches: Iterator[Stretch],
-    ) -> None:
+        self, token_ids: Tensor, positions: Tensor, encoder_rows: list[Tensor], is_embed: Tensor
+    ) -> Iterator[SimpleNamespace]:
         made = Forward(token_ids, positions, encoder_rows, is_embed)
         self.forwards.append(made)
         ids = token_ids
-        for stretch in stretches:
+
+        def run(stretch: Stretch) -> None:
+            nonlocal ids
             if stretch.stays is not None:
                 ids = ids[stretch.stays]
             rows = list(stretch.metadata[NAMES[0]])
@@ -224,6 +222,8 @@ class Engine:
                 if self.writes_keys:
                     self.prefill.on_kv_write(index, key)
                 self.capture.on_kv_write(NAMES[index], key, value, slots)
+
+        yield SimpleNamespace(run=run)
 
     def run(self, jobs: Sequence[PrefillJob]) -> list[tuple[int, ...]]:
         """As a worker does it: what is known to be reused is injected along with the forwards."""
