@@ -358,7 +358,7 @@ class SchedulerSide:
             request.request_id,
             block_ids[: -(-layout.claim.end // self._shape.block_size)],
             {} if self._captures is None else self._captures.in_claim(tracked, layout),
-            staged.encoder_inputs,
+            self._encoder_inputs(tracked, layout),
         )
         tiers = {look.item.index: look.tier or "cpu" for look in staged.lookups}
         tracked.claimed = Claimed(plan, {item: tiers[item] for item in reused}, staged)
