@@ -99,8 +99,6 @@ def start(tiny_model: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
                 "gate": "off",
                 # An engine that knows how fast it computes finds no load of this model worth it.
                 "break_even": False,
-                # Images move to other places here.
-                "gate": "off",
                 **EXACT,
                 **connector,
             },
