@@ -30,10 +30,10 @@ MANY_STEPS = 500
 # -- inside the engine's process --------------------------------------------------------------
 
 
-def submit(llm: Any, name: str, ask: Ask) -> str:
-    """Add a request; the name under which vLLM aborts it."""
+def submit(llm: Any, name: str, ask: Ask) -> None:
+    """Add a request."""
     prompt, params = request_of(ask)
-    return llm.llm_engine.add_request(name, prompt, params) or name
+    llm.llm_engine.add_request(name, prompt, params)
 
 
 def step(llm: Any, count: int | None) -> dict[str, Answer]:
@@ -92,9 +92,9 @@ class Life(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.running: dict[str, Ask] = {}
-        self.internal: dict[str, str] = {}
         self.stored: dict[tuple[int, ...], bool | None] = {}
         self.paused: Literal["no", "new", "all"] = "no"
+        self.asleep = False
         self.count = 0
         # Every run begins alike, so that it can be repeated.
         self.control("reset_prefix_cache", reset_connector=True)
@@ -115,17 +115,14 @@ class Life(RuleBasedStateMachine):
     def submit(self, ask: Ask) -> None:
         self.count += 1
         name = str(self.count)
-        self.running[name], self.internal[name] = ask, self.engine.call(submit, name, ask)
+        self.engine.call(submit, name, ask)
+        self.running[name] = ask
         if not self.stored.get(ask.images[0]):
             self.stored[ask.images[0]] = None
 
     def abort_all(self) -> None:
-        for name in list(self.running):
-            self.abort_one(name)
-
-    def abort_one(self, name: str) -> None:
-        self.engine.call(abort, [self.internal[name]])
-        del self.running[name]
+        self.engine.call(abort, list(self.running))
+        self.running.clear()
 
     def forget_all(self) -> None:
         self.stored = {ask.images[0]: None for ask in self.running.values()}
@@ -160,7 +157,9 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(number=st.integers(0, 9))
     def abort(self, number: int) -> None:
-        self.abort_one(sorted(self.running)[number % len(self.running)])
+        name = sorted(self.running)[number % len(self.running)]
+        self.engine.call(abort, [name])
+        del self.running[name]
 
     @rule(connector=st.booleans(), running=st.booleans())
     def reset_prefix_cache(self, connector: bool, running: bool) -> None:
@@ -196,22 +195,22 @@ class Life(RuleBasedStateMachine):
         self.abort_all()
         self.control("sleep", level=level)
         self.paused = "new"
+        self.asleep = level > 0
         if level > 0:
             self.forget_all()
 
     @precondition(lambda self: self.paused != "no")
     @rule(tags=st.booleans())
     def wake(self, tags: bool) -> None:
-        self.control("wake_up", tags=["scheduling"] if tags else None)
-        self.paused = "no"
+        self.control("wake_up", tags=["scheduling"] if tags and not self.asleep else None)
+        self.paused, self.asleep = "no", False
 
     @invariant()
     def is_alive(self) -> None:
         assert self.control("is_scheduler_paused") == (self.paused != "no")
 
     def teardown(self) -> None:
-        if self.paused != "no":
-            self.control("resume_scheduler")
+        self.control("wake_up")
         self.finish(self.engine.call(step, None))
         # One more step lets the workers forget the last finished requests.
         self.engine.ask(Ask("that was all"))
@@ -231,7 +230,7 @@ def test_any_order_of_requests_and_interruptions(engines: Callable[..., Engine])
     run_state_machine_as_test(
         life,
         settings=settings(
-            max_examples=12,
+            max_examples=8,
             stateful_step_count=25,
             phases=[Phase.explicit, Phase.generate],
             suppress_health_check=list(HealthCheck),

@@ -64,7 +64,7 @@ def run_beside_a_decoding_neighbour(llm: Any, asks: list[Ask]) -> tuple[list[Ste
     steps, answers = [], {}
     try:
         neighbour = Ask("a neighbour that decodes", max_tokens=200, sampling={"logprobs": None})
-        name = engine.add_request("neighbour", *request_of(neighbour)) or "neighbour"
+        engine.add_request("neighbour", *request_of(neighbour))
         for _ in range(3):
             engine.step()
         names = [
@@ -80,7 +80,7 @@ def run_beside_a_decoding_neighbour(llm: Any, asks: list[Ask]) -> tuple[list[Ste
                 for output in outputs
                 if output.finished and output.request_id != "neighbour"
             }
-        engine.abort_request([name], internal=False)
+        engine.abort_request(["neighbour"])
         while engine.has_unfinished_requests():
             engine.step()
     finally:
