@@ -240,7 +240,7 @@ class ReusePlan(Layout):
     """Item -> content key, of items that are computed completely inside the claim and stored."""
     encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
     """Item -> (modality, processed inputs), of all items in the claim: what is missing on a worker,
-    although it was promised, is computed there. vLLM sends the same objects to workers anyway."""
+    although it was promised, is computed there. Plain vLLM would send them, too."""
 
     def without(self, item: int) -> ReusePlan:
         """The same plan with all of `item`'s tokens computed instead of reused."""

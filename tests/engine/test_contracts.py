@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine, run
+from vlcache_connector.store import SegmentId
 
 DONOR = Ask(f"seen before {IMAGE} here", ((501, 224),))
 
@@ -153,30 +154,78 @@ CALLS = [
 ]
 HOOKS = ("_prefill.before_layer", "_prefill.on_kv_write")
 """Inside of these is what may fail; they themselves only hand on."""
+BY_LAYER = ("_model.run_layers", "_model.take_deepstack")
+"""Of passes whose rows shrink from layer to layer."""
 
 
-@pytest.mark.parametrize("path", [path for path in CALLS if path not in HOOKS])
+NOT_CALLED = ("_storage.fetch",)
+"""There are no tiers below host memory."""
+
+
+def lose_encoder_rows(llm: Any) -> None:
+    host = sides(llm)[1]._storage.host
+    for key, kind in list(host._resident):
+        if kind == "encoder":
+            host.remove(SegmentId(key, kind))
+
+
+def lose_segments(llm: Any) -> None:
+    """On the worker, and so soon on the scheduler side, which has others dropped."""
+    scheduler, _ = sides(llm)
+    scheduler._segments.clear()
+
+
+def nothing(llm: Any) -> None:
+    """As it is."""
+
+
+BEFORE: dict[str, Callable[[Any], None]] = {
+    "_model.encode": lose_encoder_rows,
+    "_storage.remove": lose_segments,
+}
+"""What has to happen for a method to be called."""
+
+
+@pytest.mark.parametrize("path", [path for path in CALLS if path not in HOOKS + BY_LAYER])
 def test_an_exception_anywhere_costs_no_answer(engines: Callable[..., Engine], path: str) -> None:
     """A known image, an unknown one and text, in one step and the steps behind it."""
     engine, plain = engines({}), engines(None)
-    engine.ask(DONOR)
+    image, new = ((800 + CALLS.index(path), 112),), ((900 + CALLS.index(path), 112),)
+    engine.ask(Ask(f"{path}: seen before {IMAGE}", image))
     asks = [
-        known(f"{path} is broken", max_tokens=3, vlcache={"recompute_ratio": 1.0}),
-        Ask(f"{path} is broken, unknown {IMAGE}", ((600 + CALLS.index(path), 112),), max_tokens=3),
+        known(f"{path} is broken", image, max_tokens=3, vlcache={"recompute_ratio": 1.0}),
+        Ask(f"{path} is broken, unknown {IMAGE}", new, max_tokens=3),
         Ask(f"{path} is broken, only text", max_tokens=3),
     ]
-    answers, _ = engine.call(run_with_fault, path, 1, *asks)
+    engine.call(BEFORE.get(path, nothing))
+    answers, raised = engine.call(run_with_fault, path, 1, *asks)
+    assert raised == (path not in NOT_CALLED)
+    assert answers[0].figures is not None
+    assert path == "_storage.remove" or answers[0].figures["computed_tokens"] > 0
     for actual, expected in zip(answers, plain.ask(*asks), strict=True):
         assert actual.finish_reason == "length"
         assert_same(actual, expected)
     # And nothing is wrong behind it.
-    again = [
-        Ask(f"again {ask.text}", ask.images, max_tokens=2, vlcache=ask.vlcache) for ask in asks
-    ]
+    exact = {"recompute_ratio": 1.0}
+    again = [Ask(f"again {ask.text}", ask.images, max_tokens=2, vlcache=exact) for ask in asks]
     for actual, expected in zip(engine.ask(*again), plain.ask(*again), strict=True):
         assert actual.finish_reason == "length"
-        if actual.figures is None or actual.figures["reused_tokens"] == 0:
-            assert_same(actual, expected)
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("path", BY_LAYER)
+def test_an_exception_in_a_pass_of_single_layers_costs_no_answer(
+    engines: Callable[..., Engine], path: str
+) -> None:
+    engine, image = engines({}), ((850 + CALLS.index(path), 224),)
+    engine.ask(Ask(f"{path}: seen before {IMAGE}", image))
+    blend = {"selector": "cacheblend", "recompute_ratio": 0.2}
+    ask = known(f"{path} is broken", image, max_tokens=3, vlcache=blend)
+    [answer], raised = engine.call(run_with_fault, path, 1, ask)
+    assert raised == 1
+    assert answer.figures is not None
+    assert answer.figures["fallback"] == "error"
+    assert_same(answer, engines(None).ask(ask)[0])
 
 
 # -- more rows than a backend takes ---------------------------------------------------------
@@ -228,18 +277,14 @@ def reset_prefix_cache(llm: Any) -> None:
 # -- what travels ---------------------------------------------------------------------------
 
 
-def bytes_of_a_step(llm: Any, ask: Ask) -> tuple[int, int]:
-    """Bytes that vLLM sends to workers of another process in the first step, with and without
-    the connector's plan."""
+def bytes_of_a_step(llm: Any, ask: Ask) -> int:
+    """Bytes that vLLM sends to workers of another process in a request's first step."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     schedule, sizes = scheduler.schedule, []
 
     def measuring(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
-        with_plan = len(pickle.dumps(output))
-        plan, output.kv_connector_metadata = output.kv_connector_metadata, None
-        sizes.append((with_plan, len(pickle.dumps(output))))
-        output.kv_connector_metadata = plan
+        sizes.append(len(pickle.dumps(output)))
         return output
 
     scheduler.schedule = measuring
@@ -250,9 +295,12 @@ def bytes_of_a_step(llm: Any, ask: Ask) -> tuple[int, int]:
     return sizes[0]
 
 
-def test_pixels_do_not_travel_twice(engines: Callable[..., Engine]) -> None:
+def test_no_more_pixels_travel_than_without_reuse(engines: Callable[..., Engine]) -> None:
+    """vLLM leaves out those of images in a claim; of a plan and vLLM's own, each goes once."""
     engine = engines({})
     engine.ask(DONOR)
-    with_plan, without = engine.call(bytes_of_a_step, known("travels"))
-    assert without > 500_000
-    assert with_plan - without < 50_000
+    text = f"travels: the known one {IMAGE} and a new one {IMAGE} in front of it {IMAGE}"
+    images = (DONOR.images[0], (503, 224), DONOR.images[0])
+    warm = engine.call(bytes_of_a_step, Ask(text, images))
+    cold = Ask(f"cold, {text}", images, vlcache={"enabled": False})
+    assert 500_000 < warm < engine.call(bytes_of_a_step, cold) + 50_000

@@ -112,7 +112,9 @@ def stored_kv(llm: Any) -> list[torch.Tensor]:
 
 
 def reset(llm: Any) -> None:
+    """Forget all KV and encoder rows, vLLM's own ones, too."""
     llm.llm_engine.reset_prefix_cache(reset_connector=True)
+    llm.llm_engine.reset_encoder_cache()
 
 
 def test_no_adapter_gets_into_canonical_donors(engine: Engine, adapter: str) -> None:
