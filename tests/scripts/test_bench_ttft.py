@@ -130,7 +130,7 @@ def test_an_interruption_says_where_the_measurements_are(
         _document(tmp_path / "ttft.json")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("run", run)
+    monkeypatch.setattr(bench, "run", run)
     monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
     assert bench.main(["--output", str(tmp_path / "ttft")]) == 130
     assert str(tmp_path / "ttft.json") in capsys.readouterr().err

@@ -65,7 +65,10 @@ def server(
     with VLLMServer(
         tiny_model(),
         connector=config,
-        extra_args=["--enforce-eager", "--max-model-len", "2048", "--dtype", "float32"],
+        extra_args=[
+            *("--enforce-eager", "--max-model-len", "2048", "--dtype", "float32"),
+            "--enable-scale-out",  # endpoints for tokens instead of text
+        ],
         log_path=folder / "server.log",
         env={"TORCHDYNAMO_DISABLE": "1", "VLLM_SERVER_DEV_MODE": "1"},
     ) as server:
