@@ -362,7 +362,7 @@ def test_real_engine(untrained_model: Path, tmp_path: Path) -> None:
             "--ratios",
             "0.2",
             "--timed",
-            "32",
+            "16",
         ),
     ]
     samples = _samples(tmp_path)
@@ -377,7 +377,7 @@ def test_real_engine(untrained_model: Path, tmp_path: Path) -> None:
     finally:
         process.kill()
     before = samples.read_text().splitlines()
-    assert 2 <= len(before) < 2 + 32
+    assert 2 <= len(before) < 2 + 16
     with samples.open("a") as file:
         file.write('{"timing": ')
 
@@ -385,7 +385,7 @@ def test_real_engine(untrained_model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     lines = samples.read_text().splitlines()
     assert lines[: len(before)] == before
-    assert len(lines) == 1 + 32 + 2
+    assert len(lines) == 1 + 16 + 2
 
     document = json.loads((tmp_path / "results" / "accuracy.json").read_text())
     assert document["complete"] is True
