@@ -269,7 +269,7 @@ class _Cell:
             yield judge(f"in one batch: {name}", distance(one, other), self._allowed())
 
     def _reference(self) -> Iterator[Check]:
-        from reference import Reference
+        from tests.helpers.reference import Reference
 
         reference = Reference(self._model)
         donors = [self._plain.ask(ask)[0] for ask in DONORS]
