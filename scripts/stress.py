@@ -437,7 +437,7 @@ def settle(llm: Any, tell: Tell, seconds: float = SETTLE_SECONDS) -> bool:
         is_written = worker._storage.flush(max(0.01, min(left, 5.0)))
         staging, canonical = scheduler._staging, scheduler._canonical
         fetches = len(staging._running) if staging is not None else 0
-        pending = len(canonical._pending) + len(canonical._running) if canonical is not None else 0
+        pending = len(canonical._pending) if canonical is not None else 0
         if is_written and not fetches and not pending:
             return True
         if left <= 0:

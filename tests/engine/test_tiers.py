@@ -229,10 +229,10 @@ def lose_fetched(llm: Any) -> None:
     storage = get_kv_transfer_group()._worker._storage
     original = storage.get
 
-    def get(key: str, kind: Any) -> Any:
-        if kind == "kv":
-            storage.remove(SegmentId(key, kind))
-        return original(key, kind)
+    def get(segment: SegmentId) -> Any:
+        if segment.kind == "kv":
+            storage.remove(segment)
+        return original(segment)
 
     storage.get = get
 
@@ -316,8 +316,8 @@ def ask_without_room(llm: Any, ask: Ask) -> Answer:
 
     host = get_kv_transfer_group()._worker._storage.host
     original = host.put_encoded
-    host.put_encoded = lambda key, kind, objects: (
-        0 if kind == "encoder" else original(key, kind, objects)
+    host.put_encoded = lambda segment, objects: (
+        0 if segment.kind == "encoder" else original(segment, objects)
     )
     try:
         [answer] = run(llm, [ask])
