@@ -490,7 +490,7 @@ def held(llm: Any, tell: Tell) -> dict[str, int]:
         counts["bytes to be written"] = transfers._queued_bytes
     if scheduler._canonical is not None:
         canonical = scheduler._canonical
-        counts["canonical donors"] = len(canonical._pending) + len(canonical._running)
+        counts["canonical donors"] = len(canonical._pending)
     return counts
 
 
