@@ -381,7 +381,8 @@ class Matrix:
         asks = [*self._load.asks, *self._load.again, self._load.probe]
         different = []
         for ask, result, allowed in zip(asks, results, self._allowed, strict=False):
-            wrong = stress.deviation(result, allowed) if result.status == "done" else None
+            is_answered = result.status in ("done", "failed")
+            wrong = stress.deviation(result, allowed) if is_answered else None
             if wrong:
                 different.append(f"{ask.text!r}: {wrong}")
         problems += different[:3]

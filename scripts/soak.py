@@ -2,8 +2,9 @@
 """Let a small vLLM with VLCache serve thousands of requests, and look for what is left behind.
 
 The load: text, images that come back and images that never do, one to three of them, some clients
-apart from the others, clients that go away, many recompute ratios. The KV cache is so small that
-vLLM preempts requests; host memory, disk and Redis are so small that each evicts all the time.
+apart from the others, clients that go away, many recompute ratios; an operator who pauses the
+engine, lets it sleep, and empties its caches. The KV cache is so small that vLLM preempts requests;
+host memory, disk and Redis are so small that each evicts all the time.
 
 After every 100 requests, when nothing runs: the accounts of the indices add up and so do those of
 the store, down to each byte; neither blocks of vLLM's KV cache nor anything else is still held.
@@ -30,6 +31,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +57,7 @@ MORE_FILES = 4
 POOL = 300
 """Images that come back."""
 WITNESS_SHARE = 0.03
+INTERRUPTED_SHARE = 0.02
 CONNECTOR: Mapping[str, Any] = {
     "cpu_bytes": "4MiB",
     "encoder_cpu_bytes": "1MiB",
@@ -119,6 +122,9 @@ def make_load(num_requests: int, seed: int = 0) -> Iterator[Ask]:
             salt=(None, None, None, "ann", "bob")[rng.integers(5)],
             options=OPTIONS[rng.integers(len(OPTIONS))],
             abort_after=int(rng.integers(12)) if rng.random() < 0.15 else None,
+            interruption=str(rng.choice(list(stress.INTERRUPTIONS)))
+            if rng.random() < INTERRUPTED_SHARE
+            else None,
             with_logprobs=False,
         )
 
@@ -131,8 +137,13 @@ def soak(
     problems: list[str] = []
     checks: list[dict[str, Any]] = []
     witnesses: list[tuple[Ask, Result]] = []
-    statuses: dict[str, int] = {"done": 0, "aborted": 0, "hung": 0}
-    document: dict[str, Any] = {"problems": problems, "checks": checks, "statuses": statuses}
+    statuses: dict[str, int] = {"done": 0, "aborted": 0, "failed": 0, "hung": 0}
+    document: dict[str, Any] = {
+        "problems": problems,
+        "checks": checks,
+        "statuses": statuses,
+        "interruptions": dict(Counter(ask.interruption for ask in asks if ask.interruption)),
+    }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=show, transient=True) as progress:
         bar = progress.add_task("requests", total=len(asks))
@@ -145,7 +156,11 @@ def soak(
                     for result in results:
                         statuses[result.status] += 1
                     ended = zip(batch, results, strict=True)
-                    witnesses += [(ask, result) for ask, result in ended if ask.donors]
+                    witnesses += [
+                        (ask, result)
+                        for ask, result in ended
+                        if ask.donors and result.status != "aborted"
+                    ]
                     end = first + len(batch)
                     wrong = engine.call(stress.violations)
                     problems += [f"after {end} requests: {violation}" for violation in wrong]
@@ -155,8 +170,9 @@ def soak(
                 document["counters"] = engine.call(stress.happened)
         except (EngineCrashedError, EngineHungError) as error:
             problems.append(f"after {progress.tasks[bar].completed:.0f} requests: {error}")
-        if statuses["hung"]:
-            problems.append(f"{statuses['hung']} requests hung")
+        for status in ("failed", "hung"):
+            if statuses[status]:
+                problems.append(f"{statuses[status]} requests {status}")
         if len(asks) >= LEAST_REQUESTS:
             progress.update(bar, description="plain vLLM", completed=0)
             document["plain_checks"] = plain = []
@@ -244,8 +260,13 @@ def rows_of(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     counters, witnesses = document.get("counters", {}), document["witnesses"]
     last = checks[-1] if checks else {"rss_mib": 0.0, "files": 0, "threads": 0}
     tiers = [f"{name} {n}" for name, n in witnesses.items() if name.startswith("from")]
+    interruptions = (f"{count} {name}" for name, count in document["interruptions"].items())
     rows = [
         ("requests", ", ".join(f"{count} {status}" for status, count in statuses.items())),
+        (
+            "interruptions",
+            ", ".join(f"{n} {what}" for what, n in document["interruptions"].items()),
+        ),
         ("preemptions", str(document.get("preemptions", ""))),
         ("checks", f"{len(checks)}, {len(document['problems'])} problems"),
         ("RSS at the end", f"{last['rss_mib']:.0f} MiB in use"),

@@ -64,6 +64,7 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "LMCACHE_TRACK_USAGE": "false",
 }
+PAUSED_STEPS = 3
 _REFERENCES_AT_ONCE = 8
 _BREAKER_LOGGER = "vlcache_connector.tiers.breaker"
 
@@ -94,6 +95,7 @@ class Ask:
         salt: requests with different ones know nothing of each other's images.
         options: the request's `kv_transfer_params["vlcache"]`.
         abort_after: the client goes away after so many steps of the engine; None: it stays.
+        interruption: one of `INTERRUPTIONS`, by the operator, just before the request is put.
         with_logprobs: whether they are wanted.
     """
 
@@ -104,6 +106,7 @@ class Ask:
     salt: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     abort_after: int | None = None
+    interruption: str | None = None
     with_logprobs: bool = True
 
 
@@ -112,14 +115,15 @@ class Result:
     """How a request ended.
 
     Attributes:
-        status: "done", "aborted" (by its client), or "hung" (not done in time, then aborted).
+        status: "done", "aborted" (by its client or an operator), "failed" (the engine gave it up),
+            or "hung" (not done in time, then aborted).
         tokens: of the answer.
         logprobs: float32 [tokens, vocabulary].
         figures: the response's `kv_transfer_params["vlcache"]`.
         ttft: seconds until the first token.
     """
 
-    status: Literal["done", "aborted", "hung"]
+    status: Literal["done", "aborted", "failed", "hung"]
     tokens: tuple[int, ...] = ()
     logprobs: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -159,6 +163,39 @@ def deviation(result: Result, allowed: Sequence[Result]) -> str | None:
         return None
     distances = ", ".join(f"{other.reused}: {distance(result, other):.2g}" for other in allowed)
     return f"{result.reused} tokens reused; distance from the answer with so many: {distances}"
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """A call of a method of vLLM's `EngineCore`, as its HTTP endpoints make it.
+
+    Attributes:
+        aborts: the requests that run end.
+        pauses: nothing runs until the engine is woken.
+    """
+
+    method: str
+    arguments: Mapping[str, Any]
+    aborts: bool = False
+    pauses: bool = False
+
+
+INTERRUPTIONS: Mapping[str, Interruption] = {
+    "pause": Interruption("pause_scheduler", {"mode": "keep", "clear_cache": False}, pauses=True),
+    "pause and clear": Interruption(
+        "pause_scheduler", {"mode": "abort", "clear_cache": True}, aborts=True, pauses=True
+    ),
+    **{
+        f"sleep {level}": Interruption("sleep", {"level": level}, aborts=True, pauses=True)
+        for level in range(3)
+    },
+    "reset": Interruption("reset_prefix_cache", {}),
+    "reset with the connector": Interruption("reset_prefix_cache", {"reset_connector": True}),
+    "reset with all that runs": Interruption(
+        "reset_prefix_cache", {"reset_running_requests": True, "reset_connector": True}
+    ),
+    "reset the encoder's": Interruption("reset_encoder_cache", {}, aborts=True),
+}
 
 
 # -- the engine's process -----------------------------------------------------------------------
@@ -345,6 +382,13 @@ def serve(
     while waiting or running:
         while waiting and len(running) < in_flight:
             index, ask = waiting.popleft()
+            if ask.interruption is not None:
+                interruption = INTERRUPTIONS[ask.interruption]
+                if interruption.aborts:
+                    engine.abort_request([entry.name for entry in running.values()])
+                    results |= dict.fromkeys(running, Result("aborted"))
+                    running.clear()
+                _interrupt(engine, interruption)
             running[index] = _Running(ask, str(next(_numbers)), time.monotonic())
             engine.add_request(running[index].name, *request_of(ask))
         by_name = {entry.name: index for index, entry in running.items()}
@@ -371,15 +415,26 @@ def serve(
     return [results[index] for index in range(len(asks))]
 
 
+def _interrupt(engine: Any, interruption: Interruption) -> None:
+    if interruption.pauses:
+        engine.renderer.clear_mm_cache()  # the core clears its side
+    core = engine.engine_core.engine_core
+    getattr(core, interruption.method)(**interruption.arguments)
+    if interruption.pauses:
+        for _ in range(PAUSED_STEPS):
+            if engine.step():
+                raise StressError(f"{interruption.method} does not pause the engine")
+        core.wake_up()
+
+
 def _result(output: Any, ttft: float) -> Result:
     completion = output.outputs[0]
     steps = [
         [entry.logprob for _, entry in sorted(step.items())] for step in completion.logprobs or ()
     ]
     return Result(
-        # What the engine gives up by itself has no answer, and equals nothing that is allowed.
-        status="done",
-        tokens=tuple(completion.token_ids) if completion.finish_reason == "length" else (),
+        status="done" if completion.finish_reason == "length" else "failed",
+        tokens=tuple(completion.token_ids),
         logprobs=np.array(steps, np.float32),
         figures=(output.kv_transfer_params or {}).get("vlcache") or {},
         ttft=ttft,

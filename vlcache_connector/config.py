@@ -125,9 +125,6 @@ class VLCacheConfig(BaseModel):
     """Take the names that requests give to images and videos (`multi_modal_uuids`, hashes in the
     body) for what they are; only behind a gateway that makes the names."""
 
-    share_approximate_prefix: bool = False
-    """Let vLLM's exact prefix cache keep blocks that contain reused KV."""
-
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> VLCacheConfig:
         """Validate `extra`.

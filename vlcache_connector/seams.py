@@ -438,8 +438,14 @@ SEAMS: tuple[Seam, ...] = (
     _has(
         "vllm.v1.request:Request",
         "scheduler/fence.py",
-        "request_id block_hashes update_block_hashes append_output_token_ids",
+        "request_id block_hashes _block_hasher update_block_hashes append_output_token_ids",
     ),
+    _takes(
+        "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.find_longest_cache_hit",
+        "scheduler/fence.py",
+        "block_hashes max_cache_hit_length",
+    ),
+    _has("vllm.v1.core.kv_cache_manager:KVCacheManager", "scheduler/fence.py", "coordinator"),
     _takes(
         "vllm.v1.core.kv_cache_utils:get_request_block_hasher",
         "scheduler/fence.py",

@@ -1,4 +1,7 @@
-"""vLLM's exact prefix cache stays exact: approximate KV is served to nobody else."""
+"""vLLM's exact prefix cache stays exact, and approximate KV has one of its own.
+
+That one serves those who would compute the same KV, and nobody else.
+"""
 
 from __future__ import annotations
 
@@ -150,22 +153,136 @@ def test_exact_requests_stay_exact_under_preemption(engines: Callable[..., Engin
     np.testing.assert_allclose(exact_after.logprobs, expected.logprobs[:8], rtol=0, atol=1e-4)
 
 
-def test_blocks_that_a_client_weakened_are_its_own_even_where_others_are_shared(
-    engines: Callable[..., Engine],
+@pytest.mark.parametrize(
+    ("vlcache", "is_shared"),
+    [(BLIND, True), ({**BLIND, "selector": "first_k"}, True), (None, False), (OFF, False)],
+    ids=["equal", "equal in effect", "the server's own", "exact"],
+)
+def test_approximate_blocks_are_shared_by_those_who_recompute_alike(
+    cached: Engine, vlcache: dict[str, Any] | None, is_shared: bool
 ) -> None:
-    engine = engines({"share_approximate_prefix": True})
+    cached.ask(replace(TARGET, vlcache=BLIND))
+    # vLLM reports what VLCache reuses as cached, too: without its segments, only blocks are left.
+    answer, hits = cached.call(hits_without_segments, replace(TARGET, vlcache=vlcache))
+    first_image = answer.prompt.index(max(set(answer.prompt), key=answer.prompt.count))
+    assert (hits > first_image + 16) == is_shared
+
+
+def hits_without_segments(llm: Any, ask: Ask) -> tuple[Answer, int]:
+    """As `local_hits`, when every donor has been evicted."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
+    assert get_kv_transfer_group() is not None
+    scheduler.reset()
+    return local_hits(llm, ask)
+
+
+def test_another_salt_is_served_no_approximate_block(cached: Engine) -> None:
+    salted = replace(TARGET, vlcache=BLIND, cache_salt="ann")
+    cached.ask(*(replace(donor, cache_salt="ann") for donor in DONORS))
+    [approximate] = cached.ask(salted)
+    assert approximate.figures is not None
+    assert approximate.figures["reused_tokens"] == 288
+    assert cached.call(hits_without_segments, replace(salted, cache_salt="bob"))[1] == 0
+    assert cached.call(hits_without_segments, salted)[1] > 288
+
+
+TURNS = 8
+WORDS = {"allowed_token_ids": list(range(1000, 1200))}
+"""Of answers: no special tokens."""
+
+
+def chat(llm: Any, first: Ask, evict: bool) -> list[tuple[int, list[int]]]:
+    """Turns about the images of `first`, text only from the second on.
+
+    Args:
+        evict: all that VLCache stores, between the turns.
+
+    Returns:
+        By turn, the prompt tokens found cached, and the prompt.
+    """
+    prompt, params = request_of(first)
+    tokenizer = llm.get_tokenizer()
+    tokens, turns = tokenizer.encode(prompt.pop("prompt")), []
+    for turn in range(TURNS):
+        [output] = llm.generate([{**prompt, "prompt_token_ids": tokens}], [params], use_tqdm=False)
+        turns.append((output.num_cached_tokens, list(output.prompt_token_ids)))
+        tokens = [*tokens, *output.outputs[0].token_ids]
+        tokens += tokenizer.encode(f" and now question {turn}: what else is there to see " * 8)
+        if evict:
+            hits_without_segments(llm, Ask("no image"))
+    return turns
+
+
+@pytest.mark.parametrize("evict", [False, True], ids=["kept", "donors evicted"])
+@pytest.mark.parametrize("vlcache", [None, BLIND])
+def test_a_chat_finds_as_much_cached_as_with_plain_vllm(
+    engines: Callable[..., Engine], vlcache: dict[str, Any] | None, evict: bool
+) -> None:
+    # As small as a block may be on a CPU, and so much text that every turn fills some.
+    settings: dict[str, Any] = {"block_size": 32}
+    cached = engines({}, **settings)
+    cached.call(forget_everything)
     for donor in DONORS:
-        engine.ask(donor)
-    first_image = 0
-    for vlcache, is_shared in ((BLIND, False), (None, True)):
-        [approximate] = engine.ask(replace(TARGET, vlcache=vlcache))
-        assert approximate.figures is not None
-        assert approximate.figures["reused_tokens"] > 0
-        tokens = approximate.prompt
-        first_image = tokens.index(max(set(tokens), key=tokens.count))
-        _, hits = engine.call(local_hits, replace(TARGET, vlcache=OFF))
-        assert (hits > first_image + 16) == is_shared
-        engine.call(forget_vllms_prefix_cache)
+        cached.ask(donor)
+    first = replace(TARGET, max_tokens=40, vlcache=vlcache, sampling=WORDS)
+    plain_turns = engines(None, **settings).call(chat, first, False)
+    turns = cached.call(chat, first, evict)
+    assert turns[0][0] > plain_turns[0][0]  # the known images
+    for (hits, prompt), (plain_hits, plain_prompt) in zip(turns, plain_turns, strict=True):
+        assert len(prompt) == len(plain_prompt)
+        assert hits >= plain_hits
+    assert all(hits > last for (hits, _), (last, _) in zip(turns[2:], turns[1:], strict=False))
+    # And all the while, an exact request is served nothing approximate.
+    _, prompt = turns[-1]
+    exact = replace(first, max_tokens=1, vlcache=OFF)
+    [expected] = engines(None, **settings).ask(exact)
+    [actual] = cached.ask(exact)
+    assert actual.tokens == expected.tokens
+    np.testing.assert_allclose(actual.logprobs, expected.logprobs, rtol=0, atol=1e-4)
+
+
+def most_blocks(llm: Any, ask: Ask, beams: int | None) -> tuple[int, int]:
+    """Blocks of vLLM's KV cache in use at most while `ask` runs; and tokens of its prompt."""
+    from vllm.sampling_params import BeamSearchParams
+
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    schedule, used = scheduler.schedule, []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        used.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+        return output
+
+    prompt, params = request_of(ask)
+    scheduler.schedule = counting
+    try:
+        if beams is None:
+            [output] = llm.generate([prompt], [params], use_tqdm=False)
+            return max(used), len(output.prompt_token_ids)
+        llm.beam_search([prompt], BeamSearchParams(beams, max_tokens=ask.max_tokens))
+        return max(used), 0
+    finally:
+        del scheduler.schedule
+
+
+@pytest.mark.parametrize("beams", [None, 4], ids=["n=8", "beam search"])
+def test_the_sequences_of_a_request_share_its_blocks(
+    engines: Callable[..., Engine], beams: int | None
+) -> None:
+    settings: dict[str, Any] = {"block_size": 32}
+    plain, cached = engines(None, **settings), engines({}, **settings)
+    cached.call(forget_everything)
+    for donor in DONORS:
+        cached.ask(donor)
+    sampling = {} if beams else {"n": 8, "temperature": 1.0, "logprobs": None}
+    ask = replace(TARGET, max_tokens=8, sampling=sampling)
+    sequences = beams or 8
+    expected, _ = plain.call(most_blocks, ask, beams)
+    actual, _ = cached.call(most_blocks, ask, beams)
+    assert actual <= expected + sequences
 
 
 def forget_vllms_prefix_cache(llm: Any) -> None:

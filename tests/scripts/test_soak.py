@@ -49,6 +49,7 @@ def test_the_load_is_mixed_and_the_same_for_the_same_seed() -> None:
     assert images.most_common(1)[0][1] > 100
     assert sum(count == 1 for count in images.values()) > 200
     assert 200 < sum(ask.abort_after is not None for ask in asks) < 400
+    assert {ask.interruption for ask in asks} == {None, *stress.INTERRUPTIONS}
     assert {ask.salt for ask in asks if not (ask.salt or "").startswith("witness")} == {
         *(None, "ann", "bob")
     }
@@ -103,6 +104,8 @@ class FakeEngine:
     leaks_after = 10**9
     spoiled = 0.0
     dies_after = 10**9
+    failing = 0
+    """The request of each batch that fails."""
 
     def __init__(self, _: Any, connector: Any, *__: Any, **___: Any) -> None:
         self.is_plain = connector is None
@@ -119,7 +122,10 @@ class FakeEngine:
             self.served += len(arguments[0])
             if self.served > self.dies_after and not self.is_plain:
                 raise stress.EngineCrashedError("it died")
-            return [answer(20 * bool(ask.donors), self.spoiled) for ask in arguments[0]]
+            answers = [answer(20 * bool(ask.donors), self.spoiled) for ask in arguments[0]]
+            if self.failing:
+                answers[self.failing] = Result("failed")
+            return answers
         if function is stress.references:
             return [[answer(), answer(20)] for _ in arguments[0]]
         if function is stress.violations:
@@ -138,8 +144,9 @@ class FakeEngine:
         ({"leaks_after": 250}, ["after 300 requests: captures: 1 held"]),
         ({"spoiled": 0.1}, ["answers otherwise: 20 tokens reused"]),
         ({"dies_after": 150}, ["after 100 requests: it died"]),
+        ({"failing": 7}, ["6 requests failed"]),
     ],
-    ids=["sound", "leak", "wrong answers", "crash"],
+    ids=["sound", "leak", "wrong answers", "crash", "failures"],
 )
 def test_the_command_says_what_is_wrong(
     tmp_path: Path,
@@ -235,7 +242,8 @@ def test_a_short_soak_leaves_nothing_behind(
     words = ["--requests", "300", "--donor", donor, "--output", str(tmp_path / "soak")]
     assert soak.main([*words, "--seed", "5"]) == 0
     document = json.loads((tmp_path / "soak.json").read_text())
-    assert document["statuses"]["hung"] == 0
+    assert document["statuses"]["hung"] == document["statuses"]["failed"] == 0
+    assert len(document["interruptions"]) > 2
     assert document["statuses"]["aborted"] > 20
     assert document["preemptions"] > 0
     assert len(document["checks"]) == 5

@@ -105,7 +105,6 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
     "redis_bytes_per_second": [(0, "greater than 0"), (1.5, _INTEGER)],
     "share_unsalted": _SWITCH,
     "trust_client_names": _SWITCH,
-    "share_approximate_prefix": _SWITCH,
 }
 ACCEPTED: dict[str, list[Any]] = {
     "enabled": [False, True],
@@ -134,7 +133,6 @@ ACCEPTED: dict[str, list[Any]] = {
     "redis_bytes_per_second": [None, 1 << 30],
     "share_unsalted": [False, True],
     "trust_client_names": [True, False],
-    "share_approximate_prefix": [False, True],
 }
 
 

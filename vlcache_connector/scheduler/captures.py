@@ -25,6 +25,7 @@ class CapturePlanner:
         min_tokens: smaller items are not stored.
         is_below_default: whether a request's own options recompute less than the server's. What it
             computes behind reused tokens is then not stored for others.
+        first_approximate: a request's first token whose KV may be approximate, by its id.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class CapturePlanner:
         canonical: CanonicalDonors | None,
         min_tokens: int,
         is_below_default: Callable[[RequestOptions], bool],
+        first_approximate: Callable[[str], int | None],
     ) -> None:
         self._shape = shape
         self._segments = segments
@@ -42,6 +44,7 @@ class CapturePlanner:
         self._canonical = canonical
         self._min_tokens = min_tokens
         self._is_below_default = is_below_default
+        self._first_approximate = first_approximate
 
     def in_claim(self, tracked: TrackedRequest, layout: Layout) -> dict[int, str]:
         """Keys of unknown items that the sparse prefill computes from first to last token, by
@@ -51,7 +54,7 @@ class CapturePlanner:
         for item in tracked.items:
             inside = layout.claim.start <= item.span.start and item.span.end <= layout.claim.end
             if inside and item.index not in reused:
-                key = self._reserve(tracked, item, layout)
+                key = self._reserve(tracked, item)
                 if key is not None:
                     captures[item.index] = key
         return captures
@@ -73,9 +76,7 @@ class CapturePlanner:
             if not part:
                 continue
             if part.start == item.span.start:
-                key = self._reserve(
-                    tracked, item, tracked.claimed.plan if tracked.claimed else None
-                )
+                key = self._reserve(tracked, item)
                 if key is None:
                     continue
                 tracked.capturing[item.index] = CapturedItem(key, part.start)
@@ -103,17 +104,13 @@ class CapturePlanner:
             self._segments.discard(captured.key)
         tracked.capturing.clear()
 
-    def _reserve(self, tracked: TrackedRequest, item: Item, layout: Layout | None) -> str | None:
-        """Key to capture a new item under, None when it is not to be captured.
-
-        Args:
-            layout: of the request's claim, if it has one.
-        """
+    def _reserve(self, tracked: TrackedRequest, item: Item) -> str | None:
+        """Key to capture a new item under, None when it is not to be captured."""
         if len(item.span) < self._min_tokens:
             return None
         num_bytes = len(item.span) * self._shape.bytes_per_token
         if self._canonical is None:
-            first = layout.first_reused if layout is not None else None
+            first = self._first_approximate(tracked.request.request_id)
             is_behind = first is not None and first < item.span.start
             if is_behind and self._is_below_default(tracked.options):
                 return None

@@ -1,16 +1,26 @@
-"""Keeps approximate KV out of vLLM's exact prefix cache.
+"""Approximate KV has a prefix cache of its own, inside vLLM's.
 
-vLLM seam: `Request.block_hashes` and `Request.update_block_hashes()` (`vllm/v1/request.py`,
-hashes chained by `vllm/v1/core/kv_cache_utils.py:get_request_block_hasher`). Every block that vLLM
-computes or takes from a connector is committed under these hashes. A fence cuts a request's list
-at its first approximate block and puts a secret nonce there: vLLM chains all later hashes from
-it, so that no other request can ever ask for them. The field is not a public interface, hence
-`self_test`, which the scheduler side runs at start-up.
+vLLM commits every block that it computes or takes from a connector under `Request.block_hashes`,
+and finds it again by them. From the first block on that holds approximate KV, a fence puts keyed
+hashes in the place of the exact ones. A keyed hash is made of the exact hash, which stands for all
+tokens, images and the salt up to there; of how much of an image is recomputed; and of a secret. So
+requests that recompute alike share approximate blocks (the turns of a chat, the sequences of one
+request, the beams of a search), and no other request can name them.
+
+vLLM seams: `Request.block_hashes`, `Request._block_hasher` and `Request.update_block_hashes()`
+(`vllm/v1/request.py`), hashes chained by `get_request_block_hasher`
+(`vllm/v1/core/kv_cache_utils.py`); `KVCacheCoordinator.find_longest_cache_hit`
+(`vllm/v1/core/kv_cache_coordinator.py`). The fields are not a public interface, hence `self_test`,
+which the scheduler side runs at start-up.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -18,49 +28,154 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import BlockHash, get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+_SECRET_BYTES = 32
 _HASH_BYTES = 32
 
 
-class PrefixFence:
-    """Fences of the live requests; all methods are idempotent."""
+class PrefixFences:
+    """Fences of the live requests; all methods are idempotent.
+
+    Args:
+        hash_block_size: tokens per block hash.
+    """
 
     def __init__(self, hash_block_size: int) -> None:
         self._block_size = hash_block_size
-        self._exact: dict[str, tuple[int, list[BlockHash]]] = {}
+        self._secret = os.urandom(_SECRET_BYTES)
+        self._fences: dict[str, _Fence] = {}
+        self._policies: set[str] = set()
+        """Under which there ever were approximate blocks."""
 
-    def raise_at(self, request: Request, first_approximate_token: int) -> None:
-        """Hide every block from the one that holds `first_approximate_token` on."""
-        block = first_approximate_token // self._block_size
-        fenced = self._exact.get(request.request_id)
-        if fenced is not None:
-            if fenced[0] <= block:
+    def raise_at(self, request: Request, first_approximate_token: int, policy: str) -> None:
+        """Hide every block from the one that holds `first_approximate_token` on.
+
+        Args:
+            policy: what the request recomputes; those with an equal one share the blocks.
+        """
+        fence = self._fences.get(request.request_id)
+        if fence is not None:
+            if fence.block * self._block_size <= first_approximate_token:
                 return
             self.lift(request)
-        self._exact[request.request_id] = (block, list(request.block_hashes[block:]))
-        # A block that is not full yet has no hash; the nonce then stands in its place already.
-        request.block_hashes[block:] = [BlockHash(os.urandom(_HASH_BYTES))]
-        request.update_block_hashes()
+        key = self._key(policy)
+        block = first_approximate_token // self._block_size
+        keyed = [key(exact) for exact in request.block_hashes[block:]]
+        self._raise(request, first_approximate_token, key, keyed)
+        self._policies.add(policy)
+
+    def _raise(
+        self,
+        request: Request,
+        first_token: int,
+        key: Callable[[BlockHash], BlockHash],
+        keyed: list[BlockHash],
+    ) -> None:
+        block, exact = first_token // self._block_size, list(request.block_hashes)
+        fence = _Fence(first_token, block, exact, request._block_hasher, key)
+        self._fences[request.request_id] = fence
+        request.block_hashes[block:] = keyed
+        if fence.hasher is not None:
+            request._block_hasher = fence.hash_new_blocks
+
+    def find(self, request: Request, policy: str, manager: KVCacheManager) -> bool:
+        """Raise a fence where the exact prefix ends, if approximate blocks that the request may
+        have go on from there.
+
+        Returns:
+            Whether vLLM would find more blocks now than before.
+        """
+        if policy not in self._policies or not request.block_hashes:
+            return False
+        fence = self._fences.get(request.request_id)
+        exact = request.block_hashes if fence is None else fence.exact
+        last = request.num_tokens - 1  # vLLM computes at least one token
+        _, num_exact, _ = manager.coordinator.find_longest_cache_hit(exact, last)
+        block = num_exact // self._block_size
+        if (fence is not None and fence.block == block) or block >= len(exact):
+            return False
+        key = self._key(policy)
+        keyed = [key(each) for each in exact[block:]]
+        _, num_found, _ = manager.coordinator.find_longest_cache_hit(exact[:block] + keyed, last)
+        if num_found <= num_exact:
+            return False
+        self.lift(request)
+        self._raise(request, block * self._block_size, key, keyed)
+        return True
 
     def lift(self, request: Request, num_computed: int = 0) -> None:
         """Give back the exact hashes: the request turned out to reuse nothing.
 
-        A fence below `num_computed` stays: a resumed request may find its own approximate blocks
-        behind it again, and all that it computes from there on is approximate too.
+        A fence below `num_computed` stays: the request has found approximate blocks behind it, and
+        all that it computes from there on is approximate too.
         """
-        block, hashes = self._exact.get(request.request_id, (None, None))
-        if block is None or hashes is None or num_computed > block * self._block_size:
+        fence = self._fences.get(request.request_id)
+        if fence is None or num_computed > fence.block * self._block_size:
             return
-        del self._exact[request.request_id]
-        request.block_hashes[block:] = hashes
-        request.update_block_hashes()
+        del self._fences[request.request_id]
+        request.block_hashes[fence.block :] = fence.exact[fence.block :]
+        request._block_hasher = fence.hasher
+
+    def first_approximate(self, req_id: str) -> int | None:
+        """The first token of a request whose KV may be approximate; None: all is exact."""
+        fence = self._fences.get(req_id)
+        return None if fence is None else fence.first_token
 
     def forget(self, req_id: str) -> None:
         """The request is gone."""
-        self._exact.pop(req_id, None)
+        self._fences.pop(req_id, None)
+
+    def _key(self, policy: str) -> Callable[[BlockHash], BlockHash]:
+        started = hashlib.blake2b(policy.encode(), digest_size=_HASH_BYTES, key=self._secret)
+
+        def key(exact: BlockHash) -> BlockHash:
+            keyed = started.copy()
+            keyed.update(exact)
+            return BlockHash(keyed.digest())
+
+        return key
+
+
+@dataclass
+class _Fence:
+    """One request's.
+
+    Attributes:
+        first_token: the first one that may be approximate.
+        block: the block it is in.
+        exact: the exact hash of every full block.
+        hasher: vLLM's; None: there is no prefix cache.
+        key: from an exact hash to the one for approximate KV.
+    """
+
+    first_token: int
+    block: int
+    exact: list[BlockHash]
+    hasher: Callable[[Request], list[BlockHash]] | None
+    key: Callable[[BlockHash], BlockHash]
+
+    def hash_new_blocks(self, request: Request) -> list[BlockHash]:
+        """Hash the blocks that became full, in the place of vLLM's hasher."""
+        assert self.hasher is not None
+        shown = request.block_hashes
+        # vLLM's hasher goes on from the request's last hash.
+        request.block_hashes = self.exact
+        try:
+            new = self.hasher(request)
+        finally:
+            request.block_hashes = shown
+        first = len(self.exact)
+        self.exact += new
+        return [
+            self.key(exact) if number >= self.block else exact
+            for number, exact in enumerate(new, first)
+        ]
 
 
 def self_test() -> None:
-    """Check on a request of its own that vLLM still chains block hashes the way a fence needs.
+    """Check on requests of its own that vLLM still chains block hashes the way a fence needs.
 
     Raises:
         RuntimeError: a field or its behaviour changed; approximate KV must not be served.
@@ -68,22 +183,26 @@ def self_test() -> None:
     block_size = 4
     # The hash that all chains start from is one for the process; a live engine may have chosen it.
     seed = vars(kv_cache_utils).get("NONE_HASH")
-    try:
-        init_none_hash(sha256)
-        request = Request(
-            request_id="vlcache-fence-self-test",
+
+    def made(name: str) -> Request:
+        return Request(
+            request_id=f"vlcache-fence-self-test-{name}",
             prompt_token_ids=list(range(4 * block_size + 1)),
             sampling_params=SamplingParams(max_tokens=1),
             pooling_params=None,
             block_hasher=get_request_block_hasher(block_size, sha256),
         )
-        exact = list(request.block_hashes)
-        fence = PrefixFence(block_size)
-        fence.raise_at(request, block_size + 1)
+
+    try:
+        init_none_hash(sha256)
+        request, plain = made("fenced"), made("plain")
+        fences = PrefixFences(block_size)
+        fences.raise_at(request, block_size + 1, "")
         fenced = list(request.block_hashes)
-        request.append_output_token_ids(list(range(block_size)))
+        for each in (request, plain):
+            each.append_output_token_ids(list(range(block_size)))
         grown = list(request.block_hashes)
-        fence.lift(request)
+        fences.lift(request)
         restored = list(request.block_hashes)
     except Exception as error:
         raise RuntimeError(f"vLLM's block hashes can't be fenced: {error!r}") from error
@@ -91,15 +210,15 @@ def self_test() -> None:
         vars(kv_cache_utils).pop("NONE_HASH", None)
         if seed is not None:
             kv_cache_utils.NONE_HASH = seed
+    exact = plain.block_hashes
     ok = (
-        len(exact) == 4
-        and fenced[:1] == exact[:1]
+        len(exact) == len(set(exact)) == 5
         and len(fenced) == 4
-        and not set(fenced[1:]) & set(exact)
+        and len(set(grown)) == 5
+        and fenced[:1] == exact[:1]
+        and not set(grown[1:]) & set(exact)
         and grown[:4] == fenced
-        and len(grown) == 5
-        and restored[:4] == exact
-        and len(restored) == 5
+        and restored == exact
     )
     if not ok:
         raise RuntimeError("vLLM's Request.block_hashes no longer behave as a fence needs")

@@ -68,6 +68,16 @@ class OptionsPolicy:
             or (ratio is not None and ratio < self._config.recompute_ratio)
         )
 
+    def policy(self, options: RequestOptions) -> str:
+        """The same for all requests that recompute the same tokens of a reused item."""
+        config, ratio = self._config, options.recompute_ratio
+        return repr(
+            (
+                float(config.recompute_ratio if ratio is None else ratio),
+                options.layer_ratios or options.selector or config.selector,
+            )
+        )
+
     def select(self, options: RequestOptions, num_tokens: int) -> Selection:
         """Tokens to recompute of a reused item of so many."""
         ratio, min_tokens = options.recompute_ratio, self._config.min_recompute_tokens

@@ -26,7 +26,7 @@ from .canonical import CanonicalDonors
 from .captures import CapturePlanner
 from .donors import Donors
 from .encoder import EncoderRows
-from .fence import PrefixFence, self_test
+from .fence import PrefixFences, self_test
 from .index import ResidencyIndex
 from .options import OptionsPolicy
 from .planner import plan_reuse
@@ -108,6 +108,8 @@ class SchedulerSide:
                 opening, encoder_rows.index, block_size=shape.block_size, give_up=segments.discard
             )
         self._options = OptionsPolicy(config, shape.num_layers, schedules)
+        self_test()
+        self._fences = PrefixFences(hash_block_size)
         self._captures: CapturePlanner | None = None
         if can_store and allowed:
             self._captures = CapturePlanner(
@@ -117,6 +119,7 @@ class SchedulerSide:
                 self._canonical,
                 config.min_segment_tokens,
                 self._options.is_below_default,
+                self._fences.first_approximate,
             )
         self.statistics = Statistics({"kv": segments, "encoder": encoder_rows.index})
         self._live: dict[str, Request] = {}
@@ -128,8 +131,6 @@ class SchedulerSide:
         self._cancelled: list[str] = []
         """Requests whose captures were given up since the last step."""
         self._kv_cache_manager: KVCacheManager | None = None
-        self_test()
-        self._fence = PrefixFence(hash_block_size)
 
     def bind_kv_cache_manager(self, manager: KVCacheManager) -> None:
         """vLLM's KV cache manager, asked for the blocks of requests."""
@@ -145,9 +146,12 @@ class SchedulerSide:
             if refusal is not None:
                 self.statistics.happened(f"refused.{refusal}")
                 return
-            self._requests[request.request_id] = TrackedRequest.of(
+            tracked = TrackedRequest.of(
                 request, self._config, self._fingerprint, self._options.read
             )
+            self._requests[request.request_id] = tracked
+            # vLLM looks into its prefix cache before it asks for a claim.
+            self._find_approximate_prefix(tracked)
         except Exception:
             self._failed("read", request.request_id)
 
@@ -167,6 +171,9 @@ class SchedulerSide:
             return self._nothing(request, num_computed), False
         tracked.staged = None
         try:
+            if self._find_approximate_prefix(tracked):
+                # A request of this very step has begun to compute it.
+                return None, False
             wanted = self._wanted(tracked, num_computed)
             if self._is_being_staged(tracked, wanted):
                 return None, False
@@ -176,28 +183,37 @@ class SchedulerSide:
             self._failed("plan", request.request_id)
         layout = tracked.staged.layout if tracked.staged is not None else None
         if tracked.staged is None or layout is None:
-            self._fence.lift(request, num_computed)
+            self._fences.lift(request, num_computed)
             return self._nothing(request, num_computed), False
         if self._prefix_is_in_flight(request, num_computed):
             return None, False
         if self._fit(request, tracked.staged) != "now":
             self._budget.wait()
             return None, False
-        if layout.first_reused is not None and self._is_fenced(tracked):
-            self._fence.raise_at(request, layout.first_reused)
+        if layout.first_reused is not None:
+            self._fences.raise_at(
+                request, layout.first_reused, self._options.policy(tracked.options)
+            )
         return len(layout.claim), False
 
-    def _is_fenced(self, tracked: TrackedRequest) -> bool:
-        """Whether the approximate blocks of a request are for itself alone."""
-        return not self._config.share_approximate_prefix or self._options.is_below_default(
-            tracked.options
-        )
+    def _may_reuse(self, tracked: TrackedRequest) -> bool:
+        """Whether a request takes KV that is not its own."""
+        # vLLM throws the claim away when it is not to read its prefix cache.
+        is_allowed = self._can_reuse and not tracked.request.skip_reading_prefix_cache
+        return is_allowed and tracked.options.enabled
+
+    def _find_approximate_prefix(self, tracked: TrackedRequest) -> bool:
+        """Whether vLLM's prefix cache serves more of a request now than before: approximate blocks
+        that requests like it have left there."""
+        if not self._may_reuse(tracked):
+            return False
+        assert self._kv_cache_manager is not None
+        policy = self._options.policy(tracked.options)
+        return self._fences.find(tracked.request, policy, self._kv_cache_manager)
 
     def _wanted(self, tracked: TrackedRequest, num_computed: int) -> list[Item]:
         """Items that vLLM's prefix cache does not hold, and whose KV may be stored."""
-        # vLLM throws the claim away when it is not to read its prefix cache.
-        may_reuse = self._can_reuse and tracked.options.enabled
-        if not may_reuse or tracked.request.skip_reading_prefix_cache:
+        if not self._may_reuse(tracked):
             return []
         return [
             item
@@ -477,7 +493,7 @@ class SchedulerSide:
         """Forget the request; its figures go back to the client."""
         self._live.pop(request.request_id, None)
         tracked = self._requests.pop(request.request_id, None)
-        self._fence.forget(request.request_id)
+        self._fences.forget(request.request_id)
         if self._staging is not None:
             self._staging.forget(request.request_id)
         if tracked is None:

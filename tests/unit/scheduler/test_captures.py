@@ -11,11 +11,11 @@ from vllm.v1.request import Request
 from tests.helpers.made_requests import feature, request
 from vlcache_connector.calibration import RELATIONS
 from vlcache_connector.config import RequestOptions, VLCacheConfig
-from vlcache_connector.protocol import ItemReuse, Layout, ReusePlan, Span, Stage
+from vlcache_connector.protocol import Layout, Span
 from vlcache_connector.scheduler.captures import CapturePlanner
 from vlcache_connector.scheduler.donors import Donors
 from vlcache_connector.scheduler.index import ResidencyIndex
-from vlcache_connector.scheduler.requests import Claimed, Staged, TrackedRequest
+from vlcache_connector.scheduler.requests import TrackedRequest
 from vlcache_connector.support import KVShape
 
 SHAPE = KVShape(num_layers=2, num_kv_heads=1, head_dim=4, dtype=torch.float32, block_size=16)
@@ -35,7 +35,13 @@ def segments() -> ResidencyIndex:
 
 
 @pytest.fixture
-def captures(segments: ResidencyIndex) -> CapturePlanner:
+def approximate() -> dict[str, int]:
+    """First approximate tokens, by request."""
+    return {}
+
+
+@pytest.fixture
+def captures(segments: ResidencyIndex, approximate: dict[str, int]) -> CapturePlanner:
     donors = Donors(segments, allowed=frozenset(RELATIONS), max_variants=3)
     return CapturePlanner(
         SHAPE,
@@ -44,6 +50,7 @@ def captures(segments: ResidencyIndex) -> CapturePlanner:
         None,
         min_tokens=16,
         is_below_default=lambda o: o.selector == "none",
+        first_approximate=approximate.get,
     )
 
 
@@ -84,37 +91,33 @@ def test_a_claim_captures_the_new_items_that_lie_inside(captures: CapturePlanner
     assert list(captures.in_claim(tracked, plan)) == [0]
 
 
-def reuse_of(item: int, span: Span, recomputed: int) -> ItemReuse:
-    computed = Span(span.start, span.start + recomputed)
-    return ItemReuse(item, "donor", span, (Stage(0, (computed,) if computed else ()),))
-
-
 @pytest.mark.parametrize(
-    ("options", "recomputed", "expected"),
+    ("options", "first", "expected"),
     [
-        ({}, 0, [0, 2]),
-        ({"selector": "none"}, 20, [0, 2]),
-        ({"selector": "none"}, 0, [0]),
+        ({}, 20, [0, 1]),
+        ({"selector": "none"}, None, [0, 1]),
+        ({"selector": "none"}, 20, [0]),
     ],
     ids=["the server's options", "nothing reused", "the client's own"],
 )
 def test_what_a_client_weakened_is_not_stored_for_others(
-    captures: CapturePlanner, options: dict[str, Any], recomputed: int, expected: list[int]
+    captures: CapturePlanner,
+    approximate: dict[str, int],
+    options: dict[str, Any],
+    first: int | None,
+    expected: list[int],
 ) -> None:
-    made = request(feature("a", 0, 20), feature("known", 20, 20), feature("b", 50, 30))
-    tracked = track(made, **options)
-    reused = (reuse_of(1, Span(20, 40), recomputed),)
-    plan = Layout(Span(0, 80), reused)
-    assert list(captures.in_claim(tracked, plan)) == expected
+    tracked = track(request(feature("a", 0, 20), feature("b", 50, 30)), **options)
+    if first is not None:
+        approximate["r"] = first
+    assert list(captures.in_claim(tracked, Layout(Span(0, 80), ()))) == expected
     captures.give_up(tracked)
 
 
 def test_what_a_client_weakened_is_not_stored_behind_the_claim_either(
-    captures: CapturePlanner,
+    captures: CapturePlanner, approximate: dict[str, int]
 ) -> None:
     tracked = track(request(feature("known", 0, 20), feature("b", 50, 30)), selector="none")
-    reused = (reuse_of(0, Span(0, 20), 0),)
-    plan = ReusePlan(Span(0, 20), reused, "r", (0, 1))
-    tracked.claimed = Claimed(plan, {0: "cpu"}, Staged(()))
+    approximate["r"] = 5
     tracked.request.num_computed_tokens = 20
     assert captures.in_step(tracked, 80, BLOCKS) == []
