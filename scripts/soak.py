@@ -263,10 +263,7 @@ def rows_of(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     interruptions = (f"{count} {name}" for name, count in document["interruptions"].items())
     rows = [
         ("requests", ", ".join(f"{count} {status}" for status, count in statuses.items())),
-        (
-            "interruptions",
-            ", ".join(f"{n} {what}" for what, n in document["interruptions"].items()),
-        ),
+        ("interruptions", ", ".join(interruptions)),
         ("preemptions", str(document.get("preemptions", ""))),
         ("checks", f"{len(checks)}, {len(document['problems'])} problems"),
         ("RSS at the end", f"{last['rss_mib']:.0f} MiB in use"),
