@@ -65,6 +65,8 @@ ENVIRONMENT = {
     "LMCACHE_TRACK_USAGE": "false",
 }
 PAUSED_STEPS = 3
+_PRELOADED = ["vllm.entrypoints.llm", "vllm.v1.engine.core"]
+"""Modules that every engine imports: its process is forked from one that has them."""
 _REFERENCES_AT_ONCE = 8
 _BREAKER_LOGGER = "vlcache_connector.tiers.breaker"
 
@@ -222,7 +224,8 @@ class EngineProcess:
         self, model: Path, connector: Mapping[str, Any] | None, log: Path, **arguments: Any
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         self._pipe, child = context.Pipe()
         arguments = {**ENGINE, **arguments}
         if connector is not None:
@@ -304,8 +307,11 @@ def _child(pipe: Any, model: str, arguments: dict[str, Any], log: str) -> None:
     for name in ("USERNAME", "PASSWORD", "CREDENTIALS_FILE"):
         os.environ.pop(f"VLCACHE_REDIS_{name}", None)
     try:
+        import torch
         from vllm import LLM
 
+        torch.set_num_threads(1)  # torch may have been imported before the environment was set
+        torch._dynamo.config.disable = True
         llm = LLM(model=model, **arguments)
         logging.getLogger(_BREAKER_LOGGER).addHandler(_breaker)
         pipe.send(("result", None))

@@ -17,8 +17,8 @@ from vlcache_connector.store import SegmentId
 A, B = (301, 224), (302, 336, 224)
 
 
-def misplaced_rows(llm: Any) -> set[str]:
-    """Keys that only the scheduler or only the worker takes to be stored."""
+def misplaced_rows(llm: Any) -> dict[str, set[str]]:
+    """Keys that only the scheduler or only the worker takes to be stored, by which."""
     from vllm.distributed.ec_transfer import get_ec_transfer
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -27,8 +27,14 @@ def misplaced_rows(llm: Any) -> set[str]:
     host = get_ec_transfer()._rank.storage.host
     ready = {key for key in index._entries if index.is_ready(key)}
     # What was evicted since the last step's plan is dropped in the next one.
-    ready |= set(index._evicted)
-    return ready ^ {key for key, kind in host._resident if kind == "encoder"}
+    known = ready | set(index._evicted)
+    stored = {key for key, kind in host._resident if kind == "encoder"}
+    found = {
+        "ready, not stored": ready - stored,
+        "evicted, not stored": known - ready - stored,
+        "stored, not known": stored - known,
+    }
+    return {what: keys for what, keys in found.items() if keys}
 
 
 def reset_prefix_cache(llm: Any) -> None:
@@ -83,7 +89,7 @@ def test_images_are_served_after_every_kind_of_reset(
         ask = Ask(f"{name} {number} {IMAGE} and {IMAGE}", (B, A), vlcache={"recompute_ratio": 1.0})
         [answer] = engine.ask(ask)
         assert_plain(answer, ask, engines)
-        assert engine.call(misplaced_rows) == set()
+        assert engine.call(misplaced_rows) == {}
         engine.call(forget_vllms_encoder_cache)
     again = Ask(f"{name}, once more {IMAGE} and {IMAGE}", (A, B))
     assert engine.call(count_encoder_runs, again) == 0
@@ -116,7 +122,7 @@ def test_rows_that_were_lost_are_kept_when_they_are_encoded_again(
         ask = Ask(f"{text} {IMAGE}", (new,), vlcache={"recompute_ratio": 1.0})
         [answer] = engine.ask(ask)
         assert_plain(answer, ask, engines)
-        assert engine.call(misplaced_rows) == set()
+        assert engine.call(misplaced_rows) == {}
     engine.call(forget_vllms_encoder_cache)
     assert engine.call(count_encoder_runs, Ask(f"known {IMAGE}", (new,))) == 0
 
@@ -186,7 +192,7 @@ def test_the_encoder_half_alone_keeps_storing(
                 ask = Ask(f"{text} {IMAGE}", (image,), max_tokens=3)
                 runs.append(engine.call(count_encoder_runs, ask))
             assert runs == [1, 0]
-            assert engine.call(misplaced_rows) == set()
+            assert engine.call(misplaced_rows) == {}
         ends, misplaced, evicted = engine.call(ask_around, 10)
         assert set(ends) == {"length"}
         assert misplaced == set()

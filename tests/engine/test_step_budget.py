@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ class Step:
     """What one of the engine's steps took.
 
     Attributes:
+        seconds: of the engine's thread on a core, whatever else the machine does.
         scheduled: tokens of vLLM's own forward.
         sparse: tokens of sparse prefills.
     """
@@ -72,9 +72,9 @@ def run_beside_a_decoding_neighbour(llm: Any, asks: list[Ask]) -> tuple[list[Ste
         ]
         while len(answers) < len(names):
             tokens.update(scheduled=0, sparse=0)
-            start = time.perf_counter()
+            start = time.thread_time()
             outputs = engine.step()
-            steps.append(Step(time.perf_counter() - start, **tokens))
+            steps.append(Step(time.thread_time() - start, **tokens))
             answers |= {
                 output.request_id: answer_of(output)
                 for output in outputs
@@ -105,8 +105,8 @@ def new_images(seed: int, count: int = 4, side: int = 672) -> tuple[tuple[int, i
 def test_unknown_images_in_front_of_a_known_one_take_no_longer_steps_than_in_plain_vllm(
     engine: Engine, engines: Callable[..., Engine]
 ) -> None:
-    plain, longest = engines(None, **SETTINGS), {"plain": [], "cached": []}
-    for seed in range(5):
+    plain, seconds = engines(None, **SETTINGS), {"plain": [], "cached": []}
+    for seed in range(6):
         images = (*new_images(seed), KNOWN)
         ask = Ask(f"compare {seed} " + f"{IMAGE} " * len(images), images)
         for name, one in (("plain", plain), ("cached", engine)):
@@ -114,8 +114,10 @@ def test_unknown_images_in_front_of_a_known_one_take_no_longer_steps_than_in_pla
             assert answer.finish_reason == "length"
             assert max(step.scheduled + step.sparse for step in steps) <= BUDGET
             if seed:  # the first time, memory is taken
-                longest[name].append(max(step.seconds for step in steps))
-    assert median(longest["cached"]) <= 1.15 * median(longest["plain"])
+                seconds[name].append([step.seconds for step in steps])
+    # All runs are cut into the same steps: each is taken where it was disturbed the least.
+    longest = {name: np.array(runs).min(axis=0).max() for name, runs in seconds.items()}
+    assert longest["cached"] <= 1.15 * longest["plain"]
 
 
 def test_a_step_computes_no_more_than_its_budget_whoever_asks(engine: Engine) -> None:
