@@ -166,6 +166,8 @@ def test_approximate_blocks_are_shared_by_those_who_recompute_alike(
     answer, hits = cached.call(hits_without_segments, replace(TARGET, vlcache=vlcache))
     first_image = answer.prompt.index(max(set(answer.prompt), key=answer.prompt.count))
     assert (hits > first_image + 16) == is_shared
+    if answer.figures is not None:
+        assert (answer.figures["approximate_prefix_tokens"] > 0) == is_shared
 
 
 def hits_without_segments(llm: Any, ask: Ask) -> tuple[Answer, int]:

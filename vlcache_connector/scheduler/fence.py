@@ -123,6 +123,11 @@ class PrefixFences:
         fence = self._fences.get(req_id)
         return None if fence is None else fence.first_token
 
+    def num_hidden(self, request: Request, num_computed: int) -> int:
+        """How many of a request's first `num_computed` tokens are behind its fence."""
+        fence = self._fences.get(request.request_id)
+        return 0 if fence is None else max(0, num_computed - fence.block * self._block_size)
+
     def forget(self, req_id: str) -> None:
         """The request is gone."""
         self._fences.pop(req_id, None)

@@ -175,6 +175,8 @@ class TrackedRequest:
     """What it took last; once the workers have reported, a `Loaded`."""
     capturing: dict[int, CapturedItem] = field(default_factory=dict)
     """Items under capture."""
+    approximate_prefix_tokens: int = 0
+    """That vLLM's prefix cache had of the prompt, behind the first one whose KV is approximate."""
     context_sent: bool = False
 
     @classmethod
@@ -254,6 +256,7 @@ class TrackedRequest:
             "reused_tokens": figures.reused_tokens,
             "recomputed_tokens": figures.recomputed_tokens,
             "computed_tokens": figures.computed_tokens,
+            "approximate_prefix_tokens": self.approximate_prefix_tokens,
             "computed_token_layers": sum(figures.computed_by_layer),
             "tier": self.claimed.tier if self.claimed else None,
             "fetch_seconds": round(self.staged.waited_seconds if self.staged else 0.0, 6),

@@ -174,6 +174,8 @@ class SchedulerSide:
             if self._find_approximate_prefix(tracked):
                 # A request of this very step has begun to compute it.
                 return None, False
+            if request.num_preemptions == 0:
+                tracked.approximate_prefix_tokens = self._fences.num_hidden(request, num_computed)
             wanted = self._wanted(tracked, num_computed)
             if self._is_being_staged(tracked, wanted):
                 return None, False

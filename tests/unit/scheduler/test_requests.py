@@ -182,6 +182,7 @@ def test_a_report_has_the_tokens_of_the_widest_layer_and_the_sum_over_layers() -
         "recomputed_tokens": 10,
         "computed_tokens": 30,
         "computed_token_layers": 104,
+        "approximate_prefix_tokens": 0,
         "tier": "cpu",
         "fetch_seconds": 0.125,
         "load_seconds": 0.25,
