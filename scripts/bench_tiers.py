@@ -73,6 +73,7 @@ NODE = {
     "device_bytes": "256MiB",
     "write_queue_bytes": "1GiB",
     "fetch_deadline_seconds": PATIENCE,
+    "break_even": True,
 }
 LAYERS, KV_HEADS, HEAD_DIM = 28, 4, 128
 """Of the segments of "bandwidth": Qwen2.5-VL-7B. In bfloat16, a token has 57,344 bytes."""

@@ -813,7 +813,11 @@ def make_servers(model: Path, matrix: Matrix, args: argparse.Namespace) -> dict[
     # By default vLLM's CPU backend keeps a core free, and one more for any connector.
     connectors = {
         "plain": None,
-        "vlcache": {"cpu_bytes": args.cpu_bytes, "encoder_cpu_bytes": args.encoder_cpu_bytes},
+        "vlcache": {
+            "cpu_bytes": args.cpu_bytes,
+            "encoder_cpu_bytes": args.encoder_cpu_bytes,
+            "break_even": False,  # what reuse takes is measured where it does not pay, too
+        },
     }
     return {
         name: VLLMServer(

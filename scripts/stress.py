@@ -36,7 +36,12 @@ TOLERANCE = 1e-3
 """Between logprobs, in float32: a batch of other requests changes less."""
 START_SECONDS = 300.0
 SETTLE_SECONDS = 30.0
-CONNECTOR: Mapping[str, Any] = {"gate": "off", "min_recompute_tokens": 0, "recompute_ratio": 0.1}
+CONNECTOR: Mapping[str, Any] = {
+    "gate": "off",
+    "break_even": False,
+    "min_recompute_tokens": 0,
+    "recompute_ratio": 0.1,
+}
 AMPLE: Mapping[str, Any] = {"cpu_bytes": "64MiB", "encoder_cpu_bytes": "16MiB"}
 ENGINE: Mapping[str, Any] = {
     "dtype": "float32",

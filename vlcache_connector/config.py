@@ -107,7 +107,7 @@ class VLCacheConfig(BaseModel):
     """Host memory for segments on their way to disk and Redis; what doesn't fit is not written."""
 
     break_even: bool = True
-    """Leave a stored segment where it is if computing it takes less time than loading it."""
+    """Compute an image where that takes less time than reusing it, or loading it from a tier."""
 
     prefill_tokens_per_second: float | None = Field(default=None, gt=0.0)
     """Speed of computing, for `break_even`; None: measured."""

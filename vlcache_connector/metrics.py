@@ -45,6 +45,7 @@ REFUSALS = {
     # Requests.
     "gate": "a request with images whose KV the model is not known to stand",
     "budget": "a request's known images behind more new tokens than a step may compute",
+    "break_even": "a request's known images that take longer to reuse than to compute",
     "unsalted": "a request without a cache_salt, with share_unsalted=false",
     "client_uuid": "a request with an image that the client has given a name",
     "unsupported": "a request that is left to plain vLLM (LoRA, embeddings, pooling, ...)",

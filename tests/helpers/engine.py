@@ -114,7 +114,7 @@ class Engine:
 
     Args:
         connector: `kv_connector_extra_config`, over small budgets, no least number of recomputed
-            tokens and a gate that is off; None runs plain vLLM.
+            tokens, a gate that is off and claims that needn't pay; None runs plain vLLM.
         environment: of the child, over the defaults.
         prepare: called in the child before the engine is made; it must be importable there.
         runner: vLLM's model runner; None takes its default, V1 on a CPU. There, V2 runs its Triton
@@ -153,6 +153,7 @@ class Engine:
                         "write_queue_bytes": "64MiB",
                         "min_recompute_tokens": 0,
                         "gate": "off",
+                        "break_even": False,
                         **connector,
                     },
                 },

@@ -85,7 +85,7 @@ class Runner:
             kv_transfer_config={
                 "kv_connector": "VLCacheConnector",
                 "kv_role": "kv_both",
-                "kv_connector_extra_config": {"gate": "off", **connector},
+                "kv_connector_extra_config": {"gate": "off", "break_even": False, **connector},
             },
             **arguments,
         )

@@ -82,7 +82,7 @@ class CapturedItem:
     next_token: int
 
 
-HeldBack = Literal["gate", "budget"]
+HeldBack = Literal["gate", "budget", "break_even"]
 """What keeps known items from being reused."""
 
 
@@ -115,11 +115,11 @@ class Staged:
     encoded: tuple[int, ...] = ()
     """Items that the claim computes and that have no stored encoder rows."""
 
-    def without_last(self, layout: Layout) -> Staged:
-        """The last item of a layout is not reused: a step has no room for what leads to it."""
+    def without_last(self, layout: Layout, held_back: HeldBack) -> Staged:
+        """The last item of a layout is not reused."""
         last = layout.reused[-1].item
         lookups = (
-            replace(look, outcome="skipped", held_back="budget")
+            replace(look, outcome="skipped", held_back=held_back)
             if look.item.index == last
             else look
             for look in self.lookups

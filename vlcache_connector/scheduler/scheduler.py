@@ -21,6 +21,7 @@ from ..calibration import LayerSchedule, Relation
 from ..config import RequestOptions, VLCacheConfig
 from ..protocol import Item, Layout, Outcome, PrefillFigures, ReusePlan, StepPlan, StepReport
 from ..support import KVShape
+from .break_even import BreakEven
 from .budget import Fit, StepBudget, Work
 from .canonical import CanonicalDonors
 from .captures import CapturePlanner
@@ -124,6 +125,7 @@ class SchedulerSide:
         self.statistics = Statistics({"kv": segments, "encoder": encoder_rows.index})
         self._live: dict[str, Request] = {}
         self._budget = StepBudget(limits, self._live)
+        self._break_even = BreakEven(is_on=config.break_even)
         self._requests: dict[str, TrackedRequest] = {}
         self._finishing: dict[str, tuple[TrackedRequest, dict[str, Any]]] = {}
         self._step_reuse: list[ReusePlan] = []
@@ -278,8 +280,10 @@ class SchedulerSide:
             )
             planned = replace(staged, layout=layout, encoded=encoded)
             inputs = self._encoder_inputs(tracked, layout)
-            if not self._is_worth_it(request, planned, layout):
-                staged = staged.without_last(layout)
+            if not self._fits(request, planned, layout):
+                staged = staged.without_last(layout, "budget")
+            elif not self._pays(tracked, layout):
+                staged = staged.without_last(layout, "break_even")
             elif all(data is not None for _, data in inputs.values()):
                 for item in computed:
                     self._encoder_rows.promise(item.encoder_key)
@@ -307,11 +311,22 @@ class SchedulerSide:
             if any(item.span.clip(run.start, run.end) for run in runs)
         ]
 
-    def _is_worth_it(self, request: Request, staged: Staged, layout: Layout) -> bool:
+    def _fits(self, request: Request, staged: Staged, layout: Layout) -> bool:
         """Whether a claim may be filled some time, and its last item is worth the way to it."""
         if layout.tokens_before_last > _LONGEST_WAY * len(layout.reused[-1].span):
             return False
         return self._fit(request, staged) != "never"
+
+    def _pays(self, tracked: TrackedRequest, layout: Layout) -> bool:
+        """Whether computing all of a claim would take longer than filling it."""
+        items = {item.index: item for item in tracked.items}
+        saves_encoder = any(
+            not self._encoder_rows.index.is_ready(items[reuse.item].encoder_key)
+            for reuse in layout.reused
+        )
+        return saves_encoder or self._break_even.pays(
+            layout.num_reused, self.statistics.prefill_speed
+        )
 
     def _fit(self, request: Request, staged: Staged) -> Fit:
         return self._budget.fit(self._work(request, 0, staged), self._encoder_rows.num_encoded)
@@ -474,6 +489,7 @@ class SchedulerSide:
         for key in report.lost:
             self._segments.lost(key)
         self._encoder_rows.update_from_report(report.encoder)
+        self._learn(report)
         for req_id, figures in report.figures.items():
             tracked = self._requests.get(req_id)
             if tracked is not None:
@@ -490,6 +506,19 @@ class SchedulerSide:
         assert tracked.claimed is not None
         tracked.claimed = loaded = tracked.claimed.loaded(figures)
         self.statistics.loaded(loaded)
+
+    def _learn(self, report: StepReport) -> None:
+        """What a claim costs, where a step had one alone."""
+        if len(report.figures) != 1:
+            return
+        [figures] = report.figures.values()
+        if figures.fallback is None:
+            self._break_even.learn(
+                reused=figures.reused_tokens,
+                computed=figures.computed_tokens,
+                seconds=figures.load_seconds + figures.sparse_prefill_seconds,
+                tokens_per_second=self.statistics.prefill_speed,
+            )
 
     def request_finished(self, request: Request) -> dict[str, Any] | None:
         """Forget the request; its figures go back to the client."""

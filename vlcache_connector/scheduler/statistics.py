@@ -73,13 +73,15 @@ class Statistics:
         load_seconds = loaded.staged.waited_seconds + figures.load_seconds
         if figures.reused and loaded.tier is not None:
             self._new.observe(metrics.LOAD_SECONDS, loaded.tier, value=load_seconds)
-        speed = self._prefill_speed()
+        speed = self.prefill_speed
         if figures.reused and speed is not None:
             spent = load_seconds + figures.sparse_prefill_seconds
             saved = max(0.0, len(loaded.plan.claim) / speed - spent)
             self._new.add(metrics.SAVED_SECONDS, amount=saved)
 
-    def _prefill_speed(self) -> float | None:
+    @property
+    def prefill_speed(self) -> float | None:
+        """Tokens per second of vLLM's own prefill, of the slowest rank; None: not known yet."""
         return _slowest(state.tokens_per_second for state in self._workers.values())
 
     def take(self) -> VLCacheStats | None:
@@ -100,7 +102,7 @@ class Statistics:
 
     def _set_worker_gauges(self) -> None:
         """Of the slowest rank, and of the worst breaker of each tier."""
-        self._set(metrics.PREFILL_TOKENS_PER_SECOND, value=self._prefill_speed())
+        self._set(metrics.PREFILL_TOKENS_PER_SECOND, value=self.prefill_speed)
         by_tier: dict[str, list[TierState]] = {}
         for worker in self._workers.values():
             for tier, state in worker.tiers.items():

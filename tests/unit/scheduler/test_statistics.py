@@ -22,7 +22,7 @@ from vlcache_connector.protocol import (
     WorkerState,
 )
 from vlcache_connector.scheduler.index import ResidencyIndex
-from vlcache_connector.scheduler.requests import Claimed, Loaded, Refusal, Staged
+from vlcache_connector.scheduler.requests import Claimed, HeldBack, Loaded, Refusal, Staged
 from vlcache_connector.scheduler.statistics import Statistics
 from vlcache_connector.store import RefusalReason
 from vlcache_connector.tiers import FAULTS, TIER_NAMES
@@ -93,7 +93,7 @@ def test_what_was_taken_is_new_once_and_is_still_known_by_name(world: World) -> 
 EVENTS = {
     **{
         f"refused.{reason}": (metrics.REFUSED, reason)
-        for reason in (*get_args(Refusal), "gate", "budget")
+        for reason in (*get_args(Refusal), *get_args(HeldBack))
     },
     **{
         f"disk.read.refused_{reason}": (metrics.REFUSED, reason)
