@@ -167,12 +167,13 @@ FELL_BACK = Metric(
     "What went wrong and cost only reuse, by reason.",
     {"reason": tuple(FALLBACKS)},
 )
-SAVED_SECONDS = Metric(
-    f"{_PREFIX}saved_seconds_total",
-    "counter",
-    "Estimate of the time to first token saved: the tokens that vLLM's own prefill was spared, at "
-    "its measured speed and without the vision encoder, less fetching, loading and sparse prefill; "
-    "a request that lost time counts as none saved.",
+NET_SAVED_SECONDS = Metric(
+    f"{_PREFIX}net_saved_seconds",
+    "gauge",
+    "Estimate of the time to first token saved since the start: the tokens that vLLM's own prefill "
+    "was spared, at its measured speed and without the vision encoder, less fetching, loading and "
+    "sparse prefill, and less what requests waited for that then reused nothing. Below zero where "
+    "reuse costs more than it brings.",
 )
 LOAD_SECONDS = Metric(
     f"{_PREFIX}load_seconds",
@@ -227,7 +228,7 @@ PREFILL_TOKENS_PER_SECOND = Metric(
 METRICS = (
     *(LOOKUPS, REUSED_TOKENS, RECOMPUTED_TOKENS, SPARSE_PREFILL_TOKENS),
     *(READ_BYTES, WRITTEN_BYTES, STORED_SEGMENTS, EVICTED_SEGMENTS),
-    *(REFUSED, FELL_BACK, SAVED_SECONDS, LOAD_SECONDS, SPARSE_PREFILL_SECONDS),
+    *(REFUSED, FELL_BACK, NET_SAVED_SECONDS, LOAD_SECONDS, SPARSE_PREFILL_SECONDS),
     *(PINNED_SEGMENTS, STORED_BYTES, BREAKER_STATE),
     *(TIER_BYTES_PER_SECOND, TIER_LATENCY_SECONDS, PREFILL_TOKENS_PER_SECOND),
 )

@@ -370,6 +370,8 @@ class SchedulerSide:
                 outcome: Outcome = "failed" if look.outcome == "hit" else look.outcome
                 self.statistics.looked_up(look.tier, outcome)
         if layout is None:
+            if request.num_preemptions == 0:
+                self.statistics.waited_in_vain(staged.waited_seconds)
             return
         if num_external != len(layout.claim):
             raise RuntimeError(

@@ -30,6 +30,7 @@ class Statistics:
         self._told: dict[tuple[str, ...], float] = {}
         """Name and labels of a gauge -> its value when it was last told."""
         self._workers: dict[int, WorkerState] = {}
+        self._net_saved_seconds = 0.0
 
     def happened(self, event: str, count: int = 1) -> None:
         """Count an event: `failed.<what>`, `refused.<why>`, or one of a worker's."""
@@ -74,10 +75,18 @@ class Statistics:
         if figures.reused and loaded.tier is not None:
             self._new.observe(metrics.LOAD_SECONDS, loaded.tier, value=load_seconds)
         speed = self.prefill_speed
-        if figures.reused and speed is not None:
+        if speed is not None:
             spent = load_seconds + figures.sparse_prefill_seconds
-            saved = max(0.0, len(loaded.plan.claim) / speed - spent)
-            self._new.add(metrics.SAVED_SECONDS, amount=saved)
+            self._saved(len(loaded.plan.claim) / speed - spent)
+
+    def waited_in_vain(self, seconds: float) -> None:
+        """A request waited for disk and Redis, and claims nothing."""
+        if seconds:
+            self._saved(-seconds)
+
+    def _saved(self, seconds: float) -> None:
+        self._net_saved_seconds += seconds
+        self._set(metrics.NET_SAVED_SECONDS, value=self._net_saved_seconds)
 
     @property
     def prefill_speed(self) -> float | None:

@@ -163,17 +163,25 @@ def test_a_loaded_request_is_counted_by_the_tiers_of_its_images(world: World) ->
     assert values(stats, metrics.LOAD_SECONDS) == {("disk",): [0.625]}
     assert values(stats, metrics.SPARSE_PREFILL_SECONDS) == {(): [0.25]}
     # 60 claimed tokens would have taken 3 s.
-    assert values(stats, metrics.SAVED_SECONDS) == {(): pytest.approx(3 - 0.625 - 0.25)}
+    assert values(stats, metrics.NET_SAVED_SECONDS) == {(): pytest.approx(3 - 0.625 - 0.25)}
     assert values(stats, metrics.FELL_BACK) == {}
 
 
-@pytest.mark.parametrize(("speed", "saved"), [(None, {}), (100.0, {(): 0.0})])
-def test_a_request_that_lost_time_and_one_of_unknown_worth_have_saved_none(
+@pytest.mark.parametrize(("speed", "saved"), [(None, {}), (100.0, {(): 0.6 - 0.5 - 0.25})])
+def test_a_request_that_lost_time_counts_and_one_of_unknown_worth_does_not(
     world: World, speed: float | None, saved: dict[tuple[str, ...], float]
 ) -> None:
     world.statistics.take_report(StepReport(states={0: state(tokens_per_second=speed)}))
     world.statistics.loaded(loaded_request(FIGURES))
-    assert world.taken(metrics.SAVED_SECONDS) == saved
+    assert world.taken(metrics.NET_SAVED_SECONDS) == pytest.approx(saved)
+
+
+def test_what_requests_wait_for_in_vain_is_lost(world: World) -> None:
+    world.statistics.waited_in_vain(0.0)
+    assert world.taken(metrics.NET_SAVED_SECONDS) == {}
+    world.statistics.waited_in_vain(0.25)
+    world.statistics.waited_in_vain(0.5)
+    assert world.taken(metrics.NET_SAVED_SECONDS) == {(): -0.75}
 
 
 def test_what_was_lost_at_the_load_is_a_failed_lookup_and_a_fallback(world: World) -> None:
