@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Measure what a warm request costs the host, part by part, on a CPU.
 
-KV, encoder rows and prompt have the sizes of Qwen2.5-VL-7B (28 layers, 4 KV heads of 128, bfloat16,
-rows of 3584, blocks of 16 tokens); the model computes nothing. The scheduler side, the worker side,
-their store and vLLM's KV cache manager are the real ones, called in vLLM's order: a request arrives,
-claims what is known of its images, is allocated, crosses to the worker, is filled, reported and
-ends. Every request shows the same images behind other text. A part's time is what is spent in it and
-in no other part. Moving KV itself into the paged cache, which another device's copy engine and kernel
+KV, encoder rows and prompt have the sizes of Qwen2.5-VL-7B (28 layers, 4 KV heads of 128,
+bfloat16, rows of 3584, blocks of 16 tokens); the model computes nothing. The scheduler side, the
+worker side, their store and vLLM's KV cache manager are the real ones, called in vLLM's order: a
+request arrives, claims what is known of its images, is allocated, crosses to the worker, is filled,
+reported and ends. Every request shows the same images behind other text. A part's time is what is
+spent in it and in no other part. Moving KV itself into the paged cache, which copy engine and kernel
 do on a GPU, is shown apart.
 
 With `--against CHECKOUT`, requests run in turn with the package in another checkout, e.g. one that
@@ -37,9 +37,7 @@ from results import Spread, about_run, duration, timestamp, with_range, with_suf
 from serving import ROOT, SERVER_ENV
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.request import Request
 
 SCHEMA = 1
@@ -67,7 +65,10 @@ _PARTS: Mapping[str, Sequence[str]] = {
     ],
     "fence": [f"scheduler.fence:PrefixFences.{method}" for method in ("find", "raise_at", "lift")],
     "lookup": ["scheduler.scheduler:SchedulerSide._look_up"],
-    "positions and slots": ["worker.worker:WorkerSide._inputs_of", "worker.loader:Loader._place"],
+    "positions and slots": [
+        "worker.model:SparsePrefillModel.positions",
+        "worker.loader:Loader._place",
+    ],
     "read": ["worker.storage:Storage.get"],
     "encoder rows": ["worker.loader:Loader.open_rows"],
     "inputs of the pass": ["worker.sparse_prefill:SparsePrefill._inputs_of"],
@@ -373,7 +374,10 @@ class Host:
             num_ranks=1,
         )
         self._manager = KVCacheManager(
-            kv_cache_config, max_model_len=max_tokens, scheduler_block_size=BLOCK, hash_block_size=BLOCK
+            kv_cache_config,
+            max_model_len=max_tokens,
+            scheduler_block_size=BLOCK,
+            hash_block_size=BLOCK,
         )
         self._scheduler.bind_kv_cache_manager(self._manager)
         self._model = model
@@ -394,7 +398,9 @@ class Host:
         self._number += 1
         tokens, features = [], []
         for index in range(prompt.images):
-            tokens += [(self._number * 7 + index * 13 + place) % 600 for place in range(TEXT_TOKENS)]
+            tokens += [
+                (self._number * 7 + index * 13 + place) % 600 for place in range(TEXT_TOKENS)
+            ]
             feature, placeholder = image(prompt, index, len(tokens))
             features.append(feature)
             tokens += placeholder
@@ -409,7 +415,7 @@ class Host:
         )
 
     def know(self, prompt: Prompt) -> None:
-        """Store KV and encoder rows of the prompt's images, as a request would that computes them."""
+        """Store KV and encoder rows of the prompt's images, as if a request had computed them."""
         import torch
 
         from vlcache_connector.scheduler.requests import TrackedRequest
@@ -475,7 +481,9 @@ class Host:
             request.status, request.num_computed_tokens = RequestStatus.RUNNING, num_computed
             scheduler.external_tokens(request)
             output = SchedulerOutput.make_empty()
-            output.scheduled_new_reqs = [NewRequestData.from_request(request, block_ids)]
+            output.scheduled_new_reqs = [
+                NewRequestData.from_request(request, block_ids, uses_mrope=True)
+            ]
             output.num_scheduled_tokens = {request.request_id: num_new}
             output.total_num_scheduled_tokens = num_new
             plan = scheduler.build_step_plan(output)
@@ -499,13 +507,18 @@ class Host:
 
     def _crossed(self, output: Any, plan: Any) -> Any:
         """The plan, pickled with vLLM's own output; what that adds is the plan's."""
-        start = time.perf_counter()
-        pickle.loads(pickle.dumps(output))
-        own = time.perf_counter() - start
+
+        def pickled() -> tuple[float, Any]:
+            times = []
+            for _ in range(10):
+                start = time.perf_counter()
+                copy = pickle.loads(pickle.dumps(output, pickle.HIGHEST_PROTOCOL))
+                times.append(time.perf_counter() - start)
+            return min(times), copy
+
+        own, _ = pickled()
         output.kv_connector_metadata = plan
-        start = time.perf_counter()
-        copy = pickle.loads(pickle.dumps(output))
-        both = time.perf_counter() - start
+        both, copy = pickled()
         self.stopwatch.seconds[METADATA] += max(0.0, both - own)
         return copy.kv_connector_metadata
 
@@ -529,7 +542,7 @@ def image(prompt: Prompt, index: int, offset: int) -> tuple[Any, list[int]]:
         is_embed[:: prompt.text_every + 1][: length - num_rows] = False
     placeholder = [IMAGE_TOKEN] * length
     grid = torch.tensor([1, 2, 2 * num_rows])  # patches; four make a token
-    field = MultiModalFieldElem(data=grid, field=MultiModalBatchedField())
+    field = MultiModalFieldElem(data=grid, field=MultiModalBatchedField(keep_on_cpu=True))
     feature = MultiModalFeatureSpec(
         # Pixels are left out: they are bytes to be moved, which plain vLLM sends as well.
         data=MultiModalKwargsItem({"image_grid_thw": field}),
@@ -573,7 +586,13 @@ def measure(sizes: Sequence[int], layers: int, repetitions: int) -> list[dict[st
 def measure_apart(package: Path, arguments: Sequence[str]) -> list[dict[str, Any]]:
     """`measure` in a process of its own, with the package in a checkout."""
     command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--measure"]
-    environment = {**os.environ, **SERVER_ENV, "PYTHONPATH": str(package)}
+    # One thread for torch, as vLLM's workers on GPUs have.
+    environment = {
+        **os.environ,
+        **SERVER_ENV,
+        "PYTHONPATH": str(package),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

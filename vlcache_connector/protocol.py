@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Any, Literal
 
+import numpy as np
 from vllm.distributed.ec_transfer.ec_connector.base import (
     ECConnectorMetadata,
     ECConnectorWorkerMetadata,
@@ -59,6 +60,12 @@ def uncovered(whole: Span, covered: Sequence[Span]) -> list[Span]:
     return gaps
 
 
+def stretches(mask: np.ndarray) -> list[Span]:
+    """Maximal stretches of set entries of a bool [n]."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    return [Span(start, end) for start, end in edges.reshape(-1, 2).tolist()]
+
+
 @dataclass(frozen=True)
 class Item:
     """One multimodal item (image or video) of a prompt."""
@@ -73,13 +80,13 @@ class Item:
     """Content key of the item's KV (`keys.segment_key`)."""
     encoder_key: str
     """Content key of its encoder rows (`keys.encoder_key`)."""
-    is_embed: tuple[bool, ...] | None = None
-    """Which placeholder tokens take encoder rows; None: all of them."""
+    embeds: tuple[Span, ...] | None = None
+    """Offsets of the placeholder tokens that take encoder rows, in order; None: all of them do."""
 
     @property
     def num_embeds(self) -> int:
         """Encoder rows of the item."""
-        return len(self.span) if self.is_embed is None else sum(self.is_embed)
+        return len(self.span) if self.embeds is None else sum(map(len, self.embeds))
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ class RequestContext:
 
     req_id: str
     prompt_token_ids: list[int]
+    """vLLM's own list: what it sends of a new request has it, too, and one pickle holds it once."""
     items: tuple[Item, ...]
     position_features: list[Any]
     """vLLM's `MultiModalFeatureSpec`s without their pixels: enough to compute M-RoPE positions."""
@@ -241,6 +249,11 @@ class ReusePlan(Layout):
     encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
     """Item -> (modality, processed inputs), of all items in the claim: what is missing on a worker,
     although it was promised, is computed there. Plain vLLM would send them, too."""
+
+    @cached_property
+    def blocks(self) -> np.ndarray:
+        """`block_ids` as int64."""
+        return np.array(self.block_ids, dtype=np.int64)
 
     def without(self, item: int) -> ReusePlan:
         """The same plan with all of `item`'s tokens computed instead of reused."""

@@ -193,7 +193,7 @@ def test_nothing_of_an_empty_span_is_uncovered() -> None:
 def test_an_item_has_a_row_for_every_token_that_takes_one() -> None:
     item = Item(index=0, span=Span(3, 8), ordinal=0, key="kv", encoder_key="encoder")
     assert item.num_embeds == 5
-    assert replace(item, is_embed=(False, True, True, False, True)).num_embeds == 3
+    assert replace(item, embeds=(Span(1, 3), Span(4, 5))).num_embeds == 3
 
 
 @property_test

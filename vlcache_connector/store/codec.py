@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from math import prod
 
 import torch
 import xxhash
@@ -54,6 +55,7 @@ __all__ = [
     "dtype_name",
     "encode_into",
     "encoded_size",
+    "last_payload",
     "pack_positions",
     "payload_view",
     "read_header",
@@ -93,6 +95,12 @@ def payload_view(buffer: Tensor, header: ObjectHeader) -> Tensor:
     if buffer.numel() != size:
         raise ValueError(f"the buffer has {buffer.numel()} bytes, the object needs {size}")
     return _view(buffer, size - header.payload_bytes, header)
+
+
+def last_payload(buffer: Tensor, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """The payload of a complete object whose shape and dtype are known: a view."""
+    element = DTYPES[dtype]
+    return buffer[buffer.numel() - prod(shape) * element.itemsize :].view(element).view(shape)
 
 
 def seal(buffer: Tensor, header: ObjectHeader) -> ObjectHeader:
