@@ -6,8 +6,8 @@ bfloat16, rows of 3584, blocks of 16 tokens); the model computes nothing. The sc
 worker side, their store and vLLM's KV cache manager are the real ones, called in vLLM's order: a
 request arrives, claims what is known of its images, is allocated, crosses to the worker, is filled,
 reported and ends. Every request shows the same images behind other text. A part's time is what is
-spent in it and in no other part. Moving KV itself into the paged cache, which copy engine and kernel
-do on a GPU, is shown apart.
+spent in it and in no other part. Moving KV itself into the paged cache, which copy engine and
+kernel do on a GPU, is shown apart.
 
 With `--against CHECKOUT`, requests run in turn with the package in another checkout, e.g. one that
 `git worktree add` made of an older commit. Results go to PREFIX.json and PREFIX.md.
@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from results import Spread, about_run, duration, timestamp, with_range, with_suffix, write_text
@@ -85,6 +85,10 @@ _PARTS: Mapping[str, Sequence[str]] = {
 }
 METADATA = "metadata"
 PARTS = (*_PARTS, METADATA)
+
+
+TraceFunction = Callable[[FrameType, str, Any], Any]
+"""See `sys.settrace`."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,46 @@ class Stopwatch:
                         timed = self.timed(name, original)
                     setattr(owner, attribute, timed)
             yield
+
+
+class Bytecodes:
+    """Counts what Python executes of the package: unlike time, the same in every run.
+
+    Attributes:
+        by_file: bytecodes by the file they are in, relative to the package.
+    """
+
+    _PACKAGE = f"{os.sep}vlcache_connector{os.sep}"
+
+    def __init__(self) -> None:
+        self.by_file: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """Of all files."""
+        return self.by_file.total()
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what is called in the block."""
+        before = sys.gettrace()
+        sys.settrace(self._enter)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+    def _enter(self, frame: FrameType, event: str, arg: Any) -> TraceFunction | None:
+        _, found, file = frame.f_code.co_filename.rpartition(self._PACKAGE)
+        if not found:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+
+        def count(frame: FrameType, event: str, arg: Any) -> TraceFunction:
+            self.by_file[file] += event == "opcode"
+            return count
+
+        return count
 
 
 # -- an engine without a model ------------------------------------------------------------------
@@ -574,9 +618,17 @@ def measure(sizes: Sequence[int], layers: int, repetitions: int) -> list[dict[st
                     host.stopwatch.seconds.clear()
                     figures = host.serve(request)
                     runs.append(dict(host.stopwatch.seconds))
+                request, bytecodes = host.request(prompt), Bytecodes()
+                with bytecodes.counting():
+                    host.serve(request)
                 kept = ("reused_tokens", "recomputed_tokens", "computed_tokens")
                 measured.append(
-                    {"prompt": asdict(prompt), "runs": runs, **{key: figures[key] for key in kept}}
+                    {
+                        "prompt": asdict(prompt),
+                        **{key: figures[key] for key in kept},
+                        "bytecodes": dict(bytecodes.by_file),
+                        "runs": runs,
+                    }
                 )
         finally:
             host.close()
@@ -616,41 +668,38 @@ def host_ms(cell: Mapping[str, Any]) -> Spread:
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """The tables."""
-    systems = [name for name in ("before", "after") if document["cells"].get(name)]
-    cells = {name: document["cells"][name] for name in systems}
-    names = [cell["prompt"]["name"] for cell in cells["after"]]
+    """A table for each prompt."""
+    systems = [name for name in ("before", "after") if name in document["cells"]]
     machine = document["machine"]
     lines = [
         "# Host work of a warm request",
         "",
         f"{machine['cpu']}, {machine['cores']} cores; {document['shape']}. "
-        f"{document['repetitions']} requests each, {duration(document)}.",
+        f"{document['repetitions']} requests each, in turn, {duration(document)}.",
         "",
         f"`{document['command']}`",
         "",
-        "Milliseconds, median and range.",
-        "",
-        "| | " + " | ".join(f"{name}, {system}" for name in names for system in systems) + " |",
-        "| --- |" + " ---: |" * (len(names) * len(systems)),
+        "Milliseconds, median and range; rows in italics are not host work: bytes that have to be",
+        "moved, and the model's embedding of what is computed. The last row counts what Python",
+        "executes of the package.",
     ]
+    for cells in zip(*(document["cells"][name] for name in systems), strict=True):
 
-    def row(label: str, of: Callable[[Mapping[str, Any]], Spread]) -> str:
-        columns = [
-            with_range(of(cells[system][index]), ".2f")
-            for index in range(len(names))
-            for system in systems
-        ]
-        return f"| {label} | " + " | ".join(columns) + " |"
+        def row(
+            label: str, of: Callable[[Mapping[str, Any]], str], cells: Sequence[Any] = cells
+        ) -> str:
+            return f"| {label} | " + " | ".join(map(of, cells)) + " |"
 
-    lines += [row(part, functools.partial(part_ms, part=part)) for part in PARTS]
-    lines.append(row("**host work**", host_ms))
-    lines += [row(f"*{part}*", functools.partial(part_ms, part=part)) for part in APART]
-    lines += [
-        "",
-        "Rows in italics are not host work: bytes that have to be moved, and the model's own",
-        "embedding of what is computed.",
-    ]
+        def spread(part: str) -> Callable[[Mapping[str, Any]], str]:
+            return lambda cell: with_range(part_ms(cell, part), ".2f")
+
+        reused = f"{cells[-1]['reused_tokens']:,} tokens reused"
+        lines += ["", f"## {cells[-1]['prompt']['name']}: {reused}", ""]
+        lines += ["| | " + " | ".join(systems) + " |", "| --- |" + " ---: |" * len(systems)]
+        lines += [row(part, spread(part)) for part in PARTS]
+        lines.append(row("**host work**", lambda cell: with_range(host_ms(cell), ".2f")))
+        lines += [row(f"*{part}*", spread(part)) for part in APART]
+        lines.append(row("bytecodes", lambda cell: f"{sum(cell['bytecodes'].values()):,}"))
     return "\n".join(lines) + "\n"
 
 
