@@ -8,12 +8,13 @@ worker and is merged over the tensor-parallel ranks.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from itertools import zip_longest
-from typing import Any, Literal
+from itertools import accumulate, zip_longest
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from vllm.distributed.ec_transfer.ec_connector.base import (
@@ -60,7 +61,30 @@ def uncovered(whole: Span, covered: Sequence[Span]) -> list[Span]:
     return gaps
 
 
-def stretches(mask: np.ndarray) -> list[Span]:
+class HasSpan(Protocol):
+    """An item, or what is done with one."""
+
+    @property
+    def span(self) -> Span:
+        """Its tokens."""
+
+
+T = TypeVar("T", bound=HasSpan)
+
+
+def inside(entries: Sequence[T], span: Span) -> Sequence[T]:
+    """Those of `entries` (in order, disjoint) that have tokens in `span`."""
+    first = bisect_right(entries, span.start, key=lambda entry: entry.span.end)
+    return entries[first : bisect_left(entries, span.end, key=lambda entry: entry.span.start)]
+
+
+def of_runs(entries: Sequence[T], runs: Sequence[Span]) -> list[T]:
+    """Those of `entries` (in order, disjoint) that have tokens in some run, in order."""
+    found = (entry for run in runs for entry in inside(entries, run))
+    return list({id(entry): entry for entry in found}.values())
+
+
+def stretches_of(mask: np.ndarray) -> list[Span]:
     """Maximal stretches of set entries of a bool [n]."""
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
     return [Span(start, end) for start, end in edges.reshape(-1, 2).tolist()]
@@ -86,7 +110,20 @@ class Item:
     @property
     def num_embeds(self) -> int:
         """Encoder rows of the item."""
-        return len(self.span) if self.embeds is None else sum(map(len, self.embeds))
+        return self.rows_before(len(self.span))
+
+    def rows_before(self, offset: int) -> int:
+        """Encoder rows of the placeholder tokens in front of `offset`."""
+        if self.embeds is None:
+            return offset
+        part = bisect_left(self.embeds, offset, key=lambda embeds: embeds.end)
+        within = offset - self.embeds[part].start if part < len(self.embeds) else 0
+        return self._rows_before[part] + max(0, within)
+
+    @cached_property
+    def _rows_before(self) -> Sequence[int]:
+        """Of each of `embeds`, the rows in front of it."""
+        return list(accumulate(map(len, self.embeds or ()), initial=0))
 
 
 @dataclass(frozen=True)
@@ -185,10 +222,10 @@ class Layout:
         Args:
             span: tokens that the first layer computes.
         """
-        inside = [reuse for reuse in self.reused if reuse.span.clip(span.start, span.end)]
-        layers = {stage.first_layer for reuse in inside for stage in reuse.stages[1:]}
+        reused = inside(self.reused, span)
+        layers = {stage.first_layer for reuse in reused for stage in reuse.stages[1:]}
         kept = 0
-        for reuse in inside:
+        for reuse in reused:
             if reuse.blend is not None:
                 kept += reuse.blend.count(len(reuse.span.clip(span.start, span.end)))
                 layers.add(0)
@@ -196,7 +233,7 @@ class Layout:
         for layer in layers:
             gone = [
                 part.clip(span.start, span.end)
-                for reuse in inside
+                for reuse in reused
                 for part in ([reuse.span] if reuse.blend else reuse.reused_at(layer))
             ]
             most = max(most, len(uncovered(span, [part for part in gone if part])) + kept)

@@ -1,4 +1,4 @@
-"""Tests of scripts/bench_host.py: short runs, and that the host's work does not grow with tokens."""
+"""Tests of scripts/bench_host.py: short runs, and that the host's work grows with runs only."""
 
 import json
 from pathlib import Path

@@ -22,7 +22,7 @@ from ..protocol import (
     ReusePlan,
     Span,
     slowest,
-    stretches,
+    stretches_of,
     uncovered,
 )
 
@@ -204,7 +204,7 @@ class TrackedRequest:
             position, identifier = feature.mm_position, feature.identifier
             embeds, text = None, []
             if position.is_embed is not None:
-                embeds = tuple(stretches(position.is_embed.numpy()))
+                embeds = tuple(stretches_of(position.is_embed.numpy()))
                 text = uncovered(Span(0, position.length), embeds)
             items.append(
                 Item(

@@ -9,7 +9,7 @@ import torch
 from vllm.logger import init_logger
 
 from ..attention.metadata import slots_of
-from ..protocol import Item, ReusePlan, Span
+from ..protocol import Item, ReusePlan, Span, of_runs
 from ..store import Segment, SegmentId
 from ..streams import Ring, Staged, StagedSegment, upload
 from ..support import KVShape
@@ -168,12 +168,8 @@ class Loader:
         Returns:
             The items in question, whose rows are in `entry.encoder_rows` or are not here.
         """
-        runs = entry.plan.runs_at(0)
-        items = [
-            item
-            for item in self._inputs_of(entry.plan.req_id).items.values()
-            if any(item.span.clip(run.start, run.end) for run in runs)
-        ]
+        inputs = self._inputs_of(entry.plan.req_id)
+        items = of_runs(inputs.in_order, entry.plan.runs_at(0))
         for item in items:
             if item.index in entry.encoder_rows or not entry.uses_store:
                 continue

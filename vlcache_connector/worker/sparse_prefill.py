@@ -9,9 +9,9 @@ rows that are no longer needed leave the pass, and with them their attention and
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..attention.metadata import MetadataFactory, Row, slots_of
-from ..protocol import Item, ItemReuse, ReusePlan, Span, stretches
+from ..protocol import Item, ItemReuse, ReusePlan, Span, inside, stretches_of
 from .blend import distances, farthest
 from .capture import SegmentCapture
 from .injection import Injection, PlacedSegment, ReusedRows
@@ -42,6 +42,11 @@ class RequestInputs:
     token_ids: Sequence[int]
     positions: torch.Tensor
     items: dict[int, Item]
+
+    @cached_property
+    def in_order(self) -> Sequence[Item]:
+        """The items in prompt order."""
+        return sorted(self.items.values(), key=lambda item: item.span.start)
 
     def positions_of(self, item: Item) -> torch.Tensor:
         """An item's own positions, int64 [3 or 1, n]."""
@@ -81,10 +86,7 @@ class _Part:
     @cached_property
     def reused(self) -> Sequence[ItemReuse]:
         """The known items that have tokens in this part."""
-        items = self.job.plan.reused  # in prompt order
-        first = bisect_right(items, self.span.start, key=lambda reuse: reuse.span.end)
-        last = bisect_left(items, self.span.end, key=lambda reuse: reuse.span.start)
-        return items[first:last]
+        return inside(self.job.plan.reused, self.span)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class _Pass:
         rows = []
         for part in self.parts:
             first = part.span.start
-            for left in stretches(alive[part.row : part.row + len(part.span)]):
+            for left in stretches_of(alive[part.row : part.row + len(part.span)]):
                 span = Span(first + left.start, first + left.end)
                 rows.append(Row(span, part.job.plan.blocks))
         return rows
@@ -206,22 +208,18 @@ class SparsePrefill:
 
     def before_layer(self, index: int, layer: Any) -> None:
         """vLLM comes to attention layer `index`: write the reused KV of a pass that runs."""
-        if self._injection is not None:
-            with self._noting_faults():
-                self._injection.write_layer(index, layer)
+        if self._injection is None:
+            return
+        try:
+            self._injection.write_layer(index, layer)
+        except Exception as error:
+            # In the middle of a forward, where ranks meet: it goes on, and fails when it is over.
+            self._fault = self._fault or error
 
     def on_kv_write(self, layer: int, key: torch.Tensor) -> None:
         """Keep the fresh keys [num_tokens, kv_heads, head_dim] of a layer that is checked."""
         if layer == self._check_layer:
             self._check_keys = key
-
-    @contextmanager
-    def _noting_faults(self) -> Iterator[None]:
-        """In the middle of a forward, where ranks meet: it goes on, and fails when it is over."""
-        try:
-            yield
-        except Exception as error:
-            self._fault = self._fault or error
 
     def _raise_fault(self) -> None:
         if self._fault is not None:
@@ -288,11 +286,10 @@ class SparsePrefill:
             token_ids += job.inputs.token_ids[span.start : span.end]
             positions.append(job.inputs.positions[:, span.start : span.end])
             mask = torch.zeros(len(span), dtype=torch.bool)
-            for item in job.inputs.items.values():
+            for item in inside(job.inputs.in_order, span):
                 own = item.span.clip(span.start, span.end)
-                if own:
-                    within = mask[own.start - span.start : own.end - span.start]
-                    rows += _take_rows(item, own, job.encoder_rows[item.index], within)
+                within = mask[own.start - span.start : own.end - span.start]
+                rows += _take_rows(item, own, job.encoder_rows[item.index], within)
             is_embed.append(mask)
         return (
             torch.tensor(token_ids, dtype=torch.int64),
@@ -403,12 +400,12 @@ def _take_rows(
 ) -> list[torch.Tensor]:
     """Set those of `mask`, bool [len(part)], that take encoder rows: these rows, in order."""
     start, end = part.start - item.span.start, part.end - item.span.start
-    all_embeds = (Span(0, len(item.span)),) if item.embeds is None else item.embeds
-    for embeds in all_embeds:
-        own = embeds.clip(start, end)
-        mask[own.start - start : own.end - start] = True
-    first, last = (sum(len(embeds.clip(0, edge)) for embeds in all_embeds) for edge in (start, end))
-    return _between(encoder_rows, first, last)
+    embeds = (Span(0, len(item.span)),) if item.embeds is None else item.embeds
+    for own in embeds[bisect_right(embeds, start, key=lambda own: own.end) :]:
+        if own.start >= end:
+            break
+        mask[max(0, own.start - start) : own.end - start] = True
+    return _between(encoder_rows, item.rows_before(start), item.rows_before(end))
 
 
 def _between(parts: Sequence[torch.Tensor], first: int, last: int) -> list[torch.Tensor]:
