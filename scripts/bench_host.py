@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -130,32 +131,26 @@ class Stopwatch:
         self._running: list[str] = []
         self._since = 0.0
 
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """The time of the block is the part's."""
-        self._switch()
-        self._running.append(name)
-        try:
-            yield
-        finally:
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, a part's."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
             self._switch()
-            self._running.pop()
+            self._running.append(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._switch()
+                self._running.pop()
+
+        return call
 
     def _switch(self) -> None:
         now = time.perf_counter()
         if self._running:
             self.seconds[self._running[-1]] += now - self._since
         self._since = now
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, a part's."""
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return call
 
     @contextlib.contextmanager
     def watching(self, parts: Mapping[str, Sequence[str]]) -> Iterator[None]:
@@ -279,6 +274,7 @@ def _model_of(config: VllmConfig, layers: Sequence[Any], stopwatch: Stopwatch) -
         get_mrope_input_positions = Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions
         _has_oov_mm_tokens = False
         _embed_text_input_ids = SupportsMultiModal._embed_text_input_ids
+        embed_input_ids = stopwatch.timed(MODEL, SupportsMultiModal.embed_input_ids)
         before_layer: Callable[[str], None]
 
         def __init__(self) -> None:
@@ -289,10 +285,6 @@ def _model_of(config: VllmConfig, layers: Sequence[Any], stopwatch: Stopwatch) -
 
         def get_language_model(self) -> Any:
             return SimpleNamespace(embed_input_ids=self.table)
-
-        def embed_input_ids(self, *args: Any, **kwargs: Any) -> Any:
-            with stopwatch.part(MODEL):
-                return SupportsMultiModal.embed_input_ids(self, *args, **kwargs)
 
         def forward(self, **_: Any) -> None:
             for layer in layers:
@@ -606,6 +598,8 @@ def measure(sizes: Sequence[int], layers: int, repetitions: int) -> list[dict[st
     longest = max(prompt.tokens + (prompt.images + 1) * TEXT_TOKENS for prompt in prompts)
     max_tokens = -(-longest * 11 // 10 // BLOCK) * BLOCK
     measured = []
+    gc.collect()
+    gc.freeze()  # as vLLM's engine does when it has started
     with tempfile.TemporaryDirectory(prefix="vlcache-host-") as folder:
         host = Host(Path(folder) / "model", layers, max_tokens)
         try:
@@ -674,12 +668,12 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines = [
         "# Host work of a warm request",
         "",
-        f"{machine['cpu']}, {machine['cores']} cores; {document['shape']}. "
-        f"{document['repetitions']} requests each, in turn, {duration(document)}.",
+        f"{machine['cpu']}, {machine['cores']} cores, one thread for torch; {document['shape']}.",
+        f"{document['repetitions']} requests each, {duration(document)}.",
         "",
         f"`{document['command']}`",
         "",
-        "Milliseconds, median and range; rows in italics are not host work: bytes that have to be",
+        "Milliseconds, median and range. Rows in italics are not host work: bytes that have to be",
         "moved, and the model's embedding of what is computed. The last row counts what Python",
         "executes of the package.",
     ]
@@ -708,7 +702,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 10000], metavar="N")
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--repetitions", type=int, default=5, help="requests per round")
+    parser.add_argument("--repetitions", type=int, default=15, help="requests per round")
     parser.add_argument("--rounds", type=int, default=3, help="of the two packages in turn")
     parser.add_argument(
         "--against", type=Path, metavar="CHECKOUT", help="whose package is measured, too"
