@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
-from math import prod
 
 import torch
 import xxhash
@@ -97,10 +96,9 @@ def payload_view(buffer: Tensor, header: ObjectHeader) -> Tensor:
     return _view(buffer, size - header.payload_bytes, header)
 
 
-def last_payload(buffer: Tensor, shape: tuple[int, ...], dtype: str) -> Tensor:
-    """The payload of a complete object whose shape and dtype are known: a view."""
-    element = DTYPES[dtype]
-    return buffer[buffer.numel() - prod(shape) * element.itemsize :].view(element).view(shape)
+def last_payload(buffer: Tensor, header: ObjectHeader) -> Tensor:
+    """The payload of a complete object whose header is known: a view."""
+    return _view(buffer, buffer.numel() - header.payload_bytes, header)
 
 
 def seal(buffer: Tensor, header: ObjectHeader) -> ObjectHeader:

@@ -84,17 +84,13 @@ class _Resident:
 
     Attributes:
         ids: of its objects.
-        header: of the first one.
-        shapes: of the payloads.
+        info: what it is.
+        payloads: of its objects.
     """
 
     ids: Sequence[int]
-    header: ObjectHeader
-    shapes: Sequence[tuple[int, ...]]
-
-    @classmethod
-    def of(cls, headers: Sequence[ObjectHeader]) -> _Resident:
-        return cls(_ids(headers), headers[0], [header.shape for header in headers])
+    info: SegmentInfo
+    payloads: Sequence[Tensor]
 
 
 @dataclass(eq=False)
@@ -269,7 +265,7 @@ class LMCacheSegmentStore(SegmentStore):
         self._arrive(segment)
         objects: list[MemoryObj] = []
         try:
-            opened = (self._read if self._verify else self._known)(segment, objects)
+            opened = (self._checked if self._verify else self._known)(segment, objects)
         except RefusedObject as refusal:
             self.counters.refused[refusal.reason] += 1
             logger.warning("Stored segment %s (%s) refused: %s", *segment, refusal)
@@ -277,8 +273,7 @@ class LMCacheSegmentStore(SegmentStore):
         if opened is None:
             release(objects)
             return None
-        header, parts = opened
-        info = SegmentInfo(segment, header.num_tokens, codec.unpack_positions(header))
+        info, parts = opened
         handle = Segment(info, parts, self._release)
         self._reading[handle] = objects
         return handle
@@ -452,14 +447,19 @@ class LMCacheSegmentStore(SegmentStore):
     def _keep(
         self, segment: SegmentId, headers: Sequence[ObjectHeader], objects: Sequence[MemoryObj]
     ) -> int:
-        self._resident[segment] = resident = _Resident.of(headers)
-        self._pool.put(resident.ids, objects)
+        payloads = [
+            codec.last_payload(obj.tensor, header)
+            for header, obj in zip(headers, objects, strict=True)
+        ]
+        ids = _ids(headers)
+        self._pool.put(ids, objects)
+        self._resident[segment] = _Resident(ids, _info(headers[0]), payloads)
         return sum(obj.get_physical_size() for obj in objects)
 
     def _known(
         self, segment: SegmentId, objects: list[MemoryObj]
-    ) -> tuple[ObjectHeader, list[Tensor]] | None:
-        """As `_read`, without a look into memory."""
+    ) -> tuple[SegmentInfo, Sequence[Tensor]] | None:
+        """As `_checked`, without a look into memory."""
         resident = self._resident.get(segment)
         if resident is None:
             return None
@@ -468,11 +468,14 @@ class LMCacheSegmentStore(SegmentStore):
             if obj is None:
                 return None
             objects.append(obj)
-        payloads = [
-            codec.last_payload(obj.tensor, shape, resident.header.dtype)
-            for obj, shape in zip(objects, resident.shapes, strict=True)
-        ]
-        return resident.header, payloads
+        return resident.info, resident.payloads
+
+    def _checked(
+        self, segment: SegmentId, objects: list[MemoryObj]
+    ) -> tuple[SegmentInfo, Sequence[Tensor]] | None:
+        """What a segment is and all its payloads; else as `_read`."""
+        opened = self._read(segment, objects)
+        return None if opened is None else (_info(opened[0]), opened[1])
 
     def _read(
         self, segment: SegmentId, objects: list[MemoryObj]
@@ -515,6 +518,10 @@ class LMCacheSegmentStore(SegmentStore):
 
     def _release(self, segment: Segment | EncodedSegment) -> None:
         release(self._reading.pop(segment))
+
+
+def _info(header: ObjectHeader) -> SegmentInfo:
+    return SegmentInfo(header.id, header.num_tokens, codec.unpack_positions(header))
 
 
 def _ids(headers: Sequence[ObjectHeader]) -> list[int]:
