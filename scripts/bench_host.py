@@ -611,7 +611,8 @@ def measure(sizes: Sequence[int], layers: int, repetitions: int) -> list[dict[st
                     request = host.request(prompt)
                     host.stopwatch.seconds.clear()
                     figures = host.serve(request)
-                    runs.append(dict(host.stopwatch.seconds))
+                    seconds = host.stopwatch.seconds
+                    runs.append({part: round(value, 7) for part, value in seconds.items()})
                 request, bytecodes = host.request(prompt), Bytecodes()
                 with bytecodes.counting():
                     host.serve(request)
