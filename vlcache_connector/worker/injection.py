@@ -28,7 +28,7 @@ def rotation(spec: RotarySpec, target: torch.Tensor, base: torch.Tensor) -> torc
     """
     delta = target - base
     first = delta[:, :1]
-    if (delta == first).all():
+    if torch.equal(delta, first.expand_as(delta)):
         if not first.any():
             return None
         delta = first

@@ -136,6 +136,8 @@ class _Pass:
 
     def metadata_rows(self, alive: np.ndarray) -> list[Row]:
         """A row of attention metadata for every stretch of consecutive `alive` tokens."""
+        if alive.all():
+            return [Row(part.span, part.job.plan.blocks) for part in self.parts]
         rows = []
         for part in self.parts:
             first = part.span.start
