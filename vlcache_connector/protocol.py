@@ -8,13 +8,15 @@ worker and is merged over the tensor-parallel ranks.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from itertools import zip_longest
-from typing import Any, Literal
+from itertools import accumulate, zip_longest
+from typing import Any, Literal, Protocol, TypeVar
 
+import numpy as np
 from vllm.distributed.ec_transfer.ec_connector.base import (
     ECConnectorMetadata,
     ECConnectorWorkerMetadata,
@@ -59,6 +61,35 @@ def uncovered(whole: Span, covered: Sequence[Span]) -> list[Span]:
     return gaps
 
 
+class HasSpan(Protocol):
+    """An item, or what is done with one."""
+
+    @property
+    def span(self) -> Span:
+        """Its tokens."""
+
+
+T = TypeVar("T", bound=HasSpan)
+
+
+def inside(entries: Sequence[T], span: Span) -> Sequence[T]:
+    """Those of `entries` (in order, disjoint) that have tokens in `span`."""
+    first = bisect_right(entries, span.start, key=lambda entry: entry.span.end)
+    return entries[first : bisect_left(entries, span.end, key=lambda entry: entry.span.start)]
+
+
+def of_runs(entries: Sequence[T], runs: Sequence[Span]) -> list[T]:
+    """Those of `entries` (in order, disjoint) that have tokens in some run, in order."""
+    found = (entry for run in runs for entry in inside(entries, run))
+    return list({id(entry): entry for entry in found}.values())
+
+
+def stretches_of(mask: np.ndarray) -> list[Span]:
+    """Maximal stretches of set entries of a bool [n]."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    return [Span(start, end) for start, end in edges.reshape(-1, 2).tolist()]
+
+
 @dataclass(frozen=True)
 class Item:
     """One multimodal item (image or video) of a prompt."""
@@ -73,13 +104,26 @@ class Item:
     """Content key of the item's KV (`keys.segment_key`)."""
     encoder_key: str
     """Content key of its encoder rows (`keys.encoder_key`)."""
-    is_embed: tuple[bool, ...] | None = None
-    """Which placeholder tokens take encoder rows; None: all of them."""
+    embeds: tuple[Span, ...] | None = None
+    """Offsets of the placeholder tokens that take encoder rows, in order; None: all of them do."""
 
     @property
     def num_embeds(self) -> int:
         """Encoder rows of the item."""
-        return len(self.span) if self.is_embed is None else sum(self.is_embed)
+        return self.rows_before(len(self.span))
+
+    def rows_before(self, offset: int) -> int:
+        """Encoder rows of the placeholder tokens in front of `offset`."""
+        if self.embeds is None:
+            return offset
+        part = bisect_left(self.embeds, offset, key=lambda embeds: embeds.end)
+        within = offset - self.embeds[part].start if part < len(self.embeds) else 0
+        return self._rows_before[part] + max(0, within)
+
+    @cached_property
+    def _rows_before(self) -> Sequence[int]:
+        """Of each of `embeds`, the rows in front of it."""
+        return list(accumulate(map(len, self.embeds or ()), initial=0))
 
 
 @dataclass(frozen=True)
@@ -88,6 +132,7 @@ class RequestContext:
 
     req_id: str
     prompt_token_ids: list[int]
+    """vLLM's own list: what it sends of a new request has it, too, and one pickle holds it once."""
     items: tuple[Item, ...]
     position_features: list[Any]
     """vLLM's `MultiModalFeatureSpec`s without their pixels: enough to compute M-RoPE positions."""
@@ -177,10 +222,10 @@ class Layout:
         Args:
             span: tokens that the first layer computes.
         """
-        inside = [reuse for reuse in self.reused if reuse.span.clip(span.start, span.end)]
-        layers = {stage.first_layer for reuse in inside for stage in reuse.stages[1:]}
+        reused = inside(self.reused, span)
+        layers = {stage.first_layer for reuse in reused for stage in reuse.stages[1:]}
         kept = 0
-        for reuse in inside:
+        for reuse in reused:
             if reuse.blend is not None:
                 kept += reuse.blend.count(len(reuse.span.clip(span.start, span.end)))
                 layers.add(0)
@@ -188,7 +233,7 @@ class Layout:
         for layer in layers:
             gone = [
                 part.clip(span.start, span.end)
-                for reuse in inside
+                for reuse in reused
                 for part in ([reuse.span] if reuse.blend else reuse.reused_at(layer))
             ]
             most = max(most, len(uncovered(span, [part for part in gone if part])) + kept)
@@ -241,6 +286,11 @@ class ReusePlan(Layout):
     encoder_inputs: dict[int, tuple[str, Any]] = field(default_factory=dict)
     """Item -> (modality, processed inputs), of all items in the claim: what is missing on a worker,
     although it was promised, is computed there. Plain vLLM would send them, too."""
+
+    @cached_property
+    def blocks(self) -> np.ndarray:
+        """`block_ids` as int64."""
+        return np.array(self.block_ids, dtype=np.int64)
 
     def without(self, item: int) -> ReusePlan:
         """The same plan with all of `item`'s tokens computed instead of reused."""

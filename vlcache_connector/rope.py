@@ -14,6 +14,7 @@ import json
 import math
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -79,6 +80,12 @@ class RotarySpec:
         """Number of rotated pairs of a head, rotary_dim // 2."""
         return self.rotary_dim // 2
 
+    @cached_property
+    def turns_per_step(self) -> Tensor:
+        """Share of a full turn that a position step is for every pair: float64."""
+        return self.inv_freq.to(torch.float64) / (2 * math.pi)
+
+    @cached_property
     def pair_axes(self) -> Tensor:
         """Position axis of every pair: int64 [rotary_dim // 2], 0 = t, 1 = h, 2 = w.
 
@@ -135,15 +142,14 @@ def delta_angles(spec: RotarySpec, delta: Tensor) -> Tensor:
         raise ValueError(f"delta must be [n] or [{_NUM_AXES}, n], got {list(delta.shape)}")
     if delta.is_floating_point() or delta.is_complex() or delta.dtype == torch.bool:
         raise ValueError(f"delta must hold integers, got {delta.dtype}")
-    inv_freq = spec.inv_freq.to(delta.device, torch.float64)
     if delta.dim() == 2 and spec.mrope_section is None:
         if not torch.equal(delta, delta[:1].expand_as(delta)):
             raise ValueError(
                 f"delta {list(delta.shape)} differs between its rows, but the model has no M-RoPE"
             )
         delta = delta[0]
-    steps = delta[spec.pair_axes().to(delta.device)].T if delta.dim() == 2 else delta[:, None]
-    turns = steps.to(torch.float64) * (inv_freq / (2 * math.pi))
+    steps = delta[spec.pair_axes.to(delta.device)].T if delta.dim() == 2 else delta[:, None]
+    turns = steps.to(torch.float64) * spec.turns_per_step.to(delta.device)
     return ((turns - turns.round()) * (2 * math.pi)).to(torch.float32)
 
 

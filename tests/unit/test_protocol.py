@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import reduce
 from itertools import groupby, pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,9 @@ from vlcache_connector.protocol import (
     Span,
     Stage,
     StepReport,
+    inside,
+    of_runs,
+    stretches_of,
     uncovered,
 )
 
@@ -193,7 +197,47 @@ def test_nothing_of_an_empty_span_is_uncovered() -> None:
 def test_an_item_has_a_row_for_every_token_that_takes_one() -> None:
     item = Item(index=0, span=Span(3, 8), ordinal=0, key="kv", encoder_key="encoder")
     assert item.num_embeds == 5
-    assert replace(item, is_embed=(False, True, True, False, True)).num_embeds == 3
+    assert replace(item, embeds=(Span(1, 3), Span(4, 5))).num_embeds == 3
+    assert replace(item, embeds=()).num_embeds == 0
+
+
+masks = st.lists(st.booleans(), max_size=20)
+
+
+@given(mask=masks)
+def test_stretches_cover_what_is_set(mask: list[bool]) -> None:
+    found = stretches_of(np.array(mask, dtype=bool))
+    covered = [token for span in found for token in range(span.start, span.end)]
+    assert covered == [token for token, is_set in enumerate(mask) if is_set]
+    assert all(a.end < b.start for a, b in pairwise(found))
+
+
+@given(mask=masks)
+def test_rows_in_front_of_a_token_are_those_of_a_loop_over_the_mask(mask: list[bool]) -> None:
+    embeds = tuple(stretches_of(np.array(mask, dtype=bool)))
+    item = Item(0, Span(7, 7 + len(mask)), 0, "kv", "encoder", embeds)
+    for offset in range(len(mask) + 1):
+        assert item.rows_before(offset) == sum(mask[:offset])
+        assert replace(item, embeds=None).rows_before(offset) == offset
+
+
+@given(
+    edges=st.lists(st.integers(0, 30), min_size=2, max_size=12, unique=True).map(sorted),
+    runs=st.lists(st.integers(0, 30), min_size=2, max_size=12, unique=True).map(sorted),
+)
+def test_what_has_tokens_in_runs_is_found_as_by_trying_all(
+    edges: list[int], runs: list[int]
+) -> None:
+    spans = [Span(*pair) for pair in zip(edges[::2], edges[1::2], strict=False)]
+    items = [Item(index, span, index, "kv", "rows") for index, span in enumerate(spans)]
+    parts = [Span(*pair) for pair in zip(runs[::2], runs[1::2], strict=False)]
+    for part in parts:
+        found = [item for item in items if item.span.clip(part.start, part.end)]
+        assert list(inside(items, part)) == found
+    in_some = [
+        item for item in items if any(item.span.clip(part.start, part.end) for part in parts)
+    ]
+    assert of_runs(items, parts) == in_some
 
 
 @property_test

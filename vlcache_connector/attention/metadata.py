@@ -39,14 +39,17 @@ class Row:
     """
 
     span: Span
-    block_ids: Sequence[int]
+    block_ids: Sequence[int] | np.ndarray
 
 
-def slots_of(span: Span, block_ids: Sequence[int], block_size: int) -> np.ndarray:
+def slots_of(span: Span, block_ids: Sequence[int] | np.ndarray, block_size: int) -> np.ndarray:
     """Slots of the paged KV cache for the tokens of `span`: int64 [len(span)]."""
-    tokens = np.arange(span.start, span.end, dtype=np.int64)
-    blocks = np.asarray(block_ids, dtype=np.int64)[tokens // block_size]
-    return blocks * block_size + tokens % block_size
+    first, last = span.start // block_size, -(-span.end // block_size)
+    if last > len(block_ids):
+        raise IndexError(f"{len(block_ids)} blocks of {block_size} tokens don't cover {span}")
+    blocks = np.asarray(block_ids[first:last], dtype=np.int64)
+    slots = (blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)
+    return slots[span.start - first * block_size :][: len(span)]
 
 
 def max_rows_of(builder: Any) -> int | None:

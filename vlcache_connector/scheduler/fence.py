@@ -96,11 +96,11 @@ class PrefixFences:
         block = num_exact // self._block_size
         if (fence is not None and fence.block == block) or block >= len(exact):
             return False
-        key = self._key(policy)
-        keyed = [key(each) for each in exact[block:]]
-        _, num_found, _ = manager.coordinator.find_longest_cache_hit(exact[:block] + keyed, last)
-        if num_found <= num_exact:
+        key, look_up = self._key(policy), manager.coordinator.find_longest_cache_hit
+        # Most requests find nothing, and one hash tells.
+        if look_up([*exact[:block], key(exact[block])], last)[1] <= num_exact:
             return False
+        keyed = [key(each) for each in exact[block:]]
         self.lift(request)
         self._raise(request, block * self._block_size, key, keyed)
         return True

@@ -22,6 +22,8 @@ from ..protocol import (
     ReusePlan,
     Span,
     slowest,
+    stretches_of,
+    uncovered,
 )
 
 if TYPE_CHECKING:
@@ -200,7 +202,10 @@ class TrackedRequest:
         assert tokens is not None  # or it was refused
         for ordinal, (index, feature) in enumerate(features):
             position, identifier = feature.mm_position, feature.identifier
-            is_embed = None if position.is_embed is None else tuple(position.is_embed.tolist())
+            embeds, text = None, []
+            if position.is_embed is not None:
+                embeds = tuple(stretches_of(position.is_embed.numpy()))
+                text = uncovered(Span(0, position.length), embeds)
             items.append(
                 Item(
                     index=index,
@@ -213,12 +218,12 @@ class TrackedRequest:
                         salt=request.cache_salt,
                         text=[
                             (offset, tokens[position.offset + offset])
-                            for offset, takes_row in enumerate(is_embed or ())
-                            if not takes_row
+                            for part in text
+                            for offset in range(part.start, part.end)
                         ],
                     ),
                     encoder_key=encoder_key(identifier, fingerprint=fingerprint),
-                    is_embed=is_embed,
+                    embeds=embeds,
                 )
             )
         try:
@@ -242,7 +247,7 @@ class TrackedRequest:
         assert self.request.prompt_token_ids is not None
         return RequestContext(
             req_id=self.request.request_id,
-            prompt_token_ids=list(self.request.prompt_token_ids),
+            prompt_token_ids=self.request.prompt_token_ids,
             items=self.items,
             position_features=[_without_pixels(f) for f in self.request.mm_features],
         )

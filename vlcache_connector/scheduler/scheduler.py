@@ -19,7 +19,16 @@ from vllm.v1.request import RequestStatus
 
 from ..calibration import LayerSchedule, Relation
 from ..config import RequestOptions, VLCacheConfig
-from ..protocol import Item, Layout, Outcome, PrefillFigures, ReusePlan, StepPlan, StepReport
+from ..protocol import (
+    Item,
+    Layout,
+    Outcome,
+    PrefillFigures,
+    ReusePlan,
+    StepPlan,
+    StepReport,
+    of_runs,
+)
 from ..support import KVShape
 from .break_even import BreakEven
 from .budget import Fit, StepBudget, Work
@@ -304,12 +313,7 @@ class SchedulerSide:
 
     @staticmethod
     def _items_in_runs(tracked: TrackedRequest, layout: Layout) -> list[Item]:
-        runs = layout.runs_at(0)
-        return [
-            item
-            for item in tracked.items
-            if any(item.span.clip(run.start, run.end) for run in runs)
-        ]
+        return of_runs(tracked.items, layout.runs_at(0))
 
     def _fits(self, request: Request, staged: Staged, layout: Layout) -> bool:
         """Whether a claim may be filled some time, and its last item is worth the way to it."""

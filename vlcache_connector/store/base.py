@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from vlcache_connector.store.header import REFUSAL_REASONS, Kind, RefusalReason, SegmentId
@@ -76,15 +75,14 @@ class Segment:
             index -= part.shape[0]
         raise IndexError(f"segment {self.info.id.key!r} has no layer {layer}")
 
-    def rows(self) -> Tensor:
-        """The encoder's output, `[n, width]`: a view into host memory if it is one object, else
-        a copy.
+    def rows(self) -> Sequence[Tensor]:
+        """The encoder's output in order, as it lies in memory: `[rows, width]` each, views.
 
         Raises:
             RuntimeError: the handle was released, or is no "encoder" segment.
         """
         self._require("encoder")
-        return self._parts[0] if len(self._parts) == 1 else torch.cat(tuple(self._parts))
+        return self._parts
 
     def release(self) -> None:
         """Give the memory back to the store. Does nothing the second time."""

@@ -54,6 +54,7 @@ __all__ = [
     "dtype_name",
     "encode_into",
     "encoded_size",
+    "last_payload",
     "pack_positions",
     "payload_view",
     "read_header",
@@ -93,6 +94,11 @@ def payload_view(buffer: Tensor, header: ObjectHeader) -> Tensor:
     if buffer.numel() != size:
         raise ValueError(f"the buffer has {buffer.numel()} bytes, the object needs {size}")
     return _view(buffer, size - header.payload_bytes, header)
+
+
+def last_payload(buffer: Tensor, header: ObjectHeader) -> Tensor:
+    """The payload of a complete object whose header is known: a view."""
+    return _view(buffer, buffer.numel() - header.payload_bytes, header)
 
 
 def seal(buffer: Tensor, header: ObjectHeader) -> ObjectHeader:

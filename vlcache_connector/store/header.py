@@ -189,7 +189,8 @@ def unpack_header(packed: memoryview) -> ObjectHeader:
     wire["checksum"] = int.from_bytes(wire["checksum"], "little")
     header = ObjectHeader(**wire)
     # A header that was changed without changing its meaning is refused as well.
-    if pack_header(header) != packed:
+    # As bytes: a memoryview is compared element by element.
+    if pack_header(header) != bytes(packed):
         raise RefusedObject("format", "header is not in canonical encoding")
     return header
 

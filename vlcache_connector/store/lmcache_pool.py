@@ -74,9 +74,14 @@ class LMCachePool:
 
     @property
     def _manager(self) -> StorageManager:
+        self.check_open()
+        assert self._open is not None
+        return self._open
+
+    def check_open(self) -> None:
+        """Raise RuntimeError once the pool is closed."""
         if self._open is None:
             raise RuntimeError("the segment store is closed")
-        return self._open
 
     @property
     def allocated_bytes(self) -> int:
@@ -116,7 +121,11 @@ class LMCachePool:
 
     def get(self, id_: int) -> MemoryObj | None:
         """The object stored under the id, with a reference for the caller, or None."""
-        return self._manager.batched_get([self._key(id_)])[0]
+        # What the pool refers to LMCache has, too; asking it costs ten times as much.
+        obj = self._held.get(id_)
+        if obj is not None:
+            obj.ref_count_up()
+        return obj
 
     def contains(self, id_: int) -> bool:
         """Whether an object is stored under the id."""

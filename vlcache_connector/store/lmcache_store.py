@@ -78,6 +78,21 @@ class _Room:
             codec.seal(obj.tensor, header)
 
 
+@dataclass(frozen=True)
+class _Resident:
+    """A stored segment, as it was written or checked.
+
+    Attributes:
+        ids: of its objects.
+        info: what it is.
+        payloads: of its objects.
+    """
+
+    ids: Sequence[int]
+    info: SegmentInfo
+    payloads: Sequence[Tensor]
+
+
 @dataclass(eq=False)
 class _Arriving:
     """A segment that is being copied from the device.
@@ -129,7 +144,8 @@ class LMCacheSegmentStore(SegmentStore):
             kv_dtype: dtype of K and V.
             max_object_bytes: no object gets larger, at most `MAX_OBJECT_BYTES`. A segment whose
                 single layers are larger cannot be stored.
-            verify: compare checksums in `get`, which reads the whole segment once.
+            verify: read every header and compare every checksum in `get`, which reads the whole
+                segment once; else what is in memory is taken for what was put there.
             side: a stream for copies from the device; None copies before `put_*` returns.
 
         Raises:
@@ -160,7 +176,7 @@ class LMCacheSegmentStore(SegmentStore):
         self._unwanted: list[_Arriving] = []
         """Removed while they were arriving, or never finished."""
         self._settled: list[tuple[SegmentId, bool]] = []
-        self._resident: dict[SegmentId, list[int]] = {}
+        self._resident: dict[SegmentId, _Resident] = {}
         self._reading: dict[Segment | EncodedSegment, list[MemoryObj]] = {}
         self._pool = LMCachePool(
             model_name=model_name,
@@ -238,17 +254,18 @@ class LMCacheSegmentStore(SegmentStore):
             is_stored = False
         room = arriving.room
         if is_stored:
-            self._keep(segment, room.ids, room.objects)
+            self._keep(segment, room.headers, room.objects)
         else:
             release(room.objects)
             self.counters.put_failed += 1
         self._settled.append((segment, is_stored))
 
     def get(self, segment: SegmentId) -> Segment | None:
+        self._pool.check_open()
         self._arrive(segment)
         objects: list[MemoryObj] = []
         try:
-            opened = self._read(segment, objects, verify=self._verify)
+            opened = (self._checked if self._verify else self._known)(segment, objects)
         except RefusedObject as refusal:
             self.counters.refused[refusal.reason] += 1
             logger.warning("Stored segment %s (%s) refused: %s", *segment, refusal)
@@ -256,40 +273,36 @@ class LMCacheSegmentStore(SegmentStore):
         if opened is None:
             release(objects)
             return None
-        header, parts = opened
-        info = SegmentInfo(segment, header.num_tokens, codec.unpack_positions(header))
+        info, parts = opened
         handle = Segment(info, parts, self._release)
         self._reading[handle] = objects
         return handle
 
     def put_encoded(self, segment: SegmentId, objects: Sequence[memoryview]) -> int:
         self.remove(segment)
-        ids = [object_id(segment, group) for group in range(len(objects))]
+        headers = [codec.read_header(buffer) for buffer in as_buffers(objects)]
         memory = None
-        if not any(map(self._pool.contains, ids)):
+        if not any(map(self._pool.contains, _ids(headers))):
             memory = self._allocate([len(part) for part in objects])
         if memory is None:
             self.counters.put_failed += 1
             return 0
         for obj, part in zip(memory, objects, strict=True):
             obj.tensor.numpy().data[:] = part
-        return self._keep(segment, ids, memory)
+        return self._keep(segment, headers, memory)
 
     def check_encoded(
         self, segment: SegmentId, objects: Sequence[memoryview], num_tokens: int
     ) -> None:
         buffers = iter(as_buffers(objects))
-        header, _ = complete(self._decode(segment, buffers, verify=True), len(objects))
+        header, _ = complete(self._decode(segment, buffers), len(objects))
         if header.num_tokens != num_tokens:
             raise RefusedObject("shape", f"of {header.num_tokens} tokens, not {num_tokens}")
 
     def get_encoded(self, segment: SegmentId) -> EncodedSegment | None:
         self._arrive(segment)
-        ids = self._resident.get(segment)
-        if ids is None:
-            return None
-        objects = [obj for id_ in ids if (obj := self._pool.get(id_)) is not None]
-        if len(objects) < len(ids):
+        objects: list[MemoryObj] = []
+        if self._known(segment, objects) is None:
             release(objects)
             return None
         parts = [obj.tensor.numpy().data for obj in objects]
@@ -304,7 +317,9 @@ class LMCacheSegmentStore(SegmentStore):
         arriving = self._arriving.pop(segment, None)
         if arriving is not None:
             self._unwanted.append(arriving)
-        self._pool.remove(self._resident.pop(segment, ()))
+        resident = self._resident.pop(segment, None)
+        if resident is not None:
+            self._pool.remove(resident.ids)
 
     def kv_bytes(self, num_tokens: int) -> int:
         template = self._kv_layer("k" * 256, bytes(12 * num_tokens), 3)
@@ -326,11 +341,11 @@ class LMCacheSegmentStore(SegmentStore):
         require(used <= self._budget, f"{used} bytes used of {self._budget}")
         borrowed = [*self._reading.values(), *(room.objects for room in self._writing)]
         self._pool.check_integrity(obj for objects in borrowed for obj in objects)
-        for segment, ids in self._resident.items():
+        for segment, resident in self._resident.items():
             objects: list[MemoryObj] = []
             try:
-                opened = self._read(segment, objects, verify=True)
-                complete = opened is not None and len(objects) == len(ids)
+                opened = self._read(segment, objects)
+                complete = opened is not None and len(objects) == len(resident.ids)
                 require(complete, f"{segment} is not complete")
             except RefusedObject as refusal:
                 raise AssertionError(f"{segment}: {refusal}") from refusal
@@ -403,7 +418,7 @@ class LMCacheSegmentStore(SegmentStore):
             release(room.objects)
             raise
         self._settled.append((room.id, True))
-        return self._keep(room.id, room.ids, room.objects)
+        return self._keep(room.id, room.headers, room.objects)
 
     def _send(
         self, side: Side, room: _Room, pairs: Sequence[Pair], valid: Tensor | None
@@ -429,13 +444,41 @@ class LMCacheSegmentStore(SegmentStore):
     def _allocate(self, sizes: Sequence[int]) -> list[MemoryObj] | None:
         return self._pool.allocate(sizes) if self._has_room(sizes) else None
 
-    def _keep(self, segment: SegmentId, ids: list[int], objects: Sequence[MemoryObj]) -> int:
+    def _keep(
+        self, segment: SegmentId, headers: Sequence[ObjectHeader], objects: Sequence[MemoryObj]
+    ) -> int:
+        payloads = [
+            codec.last_payload(obj.tensor, header)
+            for header, obj in zip(headers, objects, strict=True)
+        ]
+        ids = _ids(headers)
         self._pool.put(ids, objects)
-        self._resident[segment] = ids
+        self._resident[segment] = _Resident(ids, _info(headers[0]), payloads)
         return sum(obj.get_physical_size() for obj in objects)
 
+    def _known(
+        self, segment: SegmentId, objects: list[MemoryObj]
+    ) -> tuple[SegmentInfo, Sequence[Tensor]] | None:
+        """As `_checked`, without a look into memory."""
+        resident = self._resident.get(segment)
+        if resident is None:
+            return None
+        for id_ in resident.ids:
+            obj = self._pool.get(id_)
+            if obj is None:
+                return None
+            objects.append(obj)
+        return resident.info, resident.payloads
+
+    def _checked(
+        self, segment: SegmentId, objects: list[MemoryObj]
+    ) -> tuple[SegmentInfo, Sequence[Tensor]] | None:
+        """What a segment is and all its payloads; else as `_read`."""
+        opened = self._read(segment, objects)
+        return None if opened is None else (_info(opened[0]), opened[1])
+
     def _read(
-        self, segment: SegmentId, objects: list[MemoryObj], *, verify: bool
+        self, segment: SegmentId, objects: list[MemoryObj]
     ) -> tuple[ObjectHeader, list[Tensor]] | None:
         """The first header and all payloads of a segment, or None if an object is not there.
 
@@ -451,10 +494,10 @@ class LMCacheSegmentStore(SegmentStore):
                 objects.append(obj)
                 yield obj.tensor
 
-        return self._decode(segment, buffers(), verify=verify)
+        return self._decode(segment, buffers())
 
     def _decode(
-        self, segment: SegmentId, buffers: Iterator[Tensor], *, verify: bool
+        self, segment: SegmentId, buffers: Iterator[Tensor]
     ) -> tuple[ObjectHeader, list[Tensor]] | None:
         """The first header and all payloads of a segment, or None if there are too few buffers.
 
@@ -465,7 +508,7 @@ class LMCacheSegmentStore(SegmentStore):
             buffers,
             fingerprint=self._fingerprint,
             num_layers=self._num_layers,
-            verify=verify,
+            verify=True,
         )
         if opened is not None and segment.kind == "kv":
             form = (opened[0].shape[3:], opened[0].dtype)
@@ -475,6 +518,10 @@ class LMCacheSegmentStore(SegmentStore):
 
     def _release(self, segment: Segment | EncodedSegment) -> None:
         release(self._reading.pop(segment))
+
+
+def _info(header: ObjectHeader) -> SegmentInfo:
+    return SegmentInfo(header.id, header.num_tokens, codec.unpack_positions(header))
 
 
 def _ids(headers: Sequence[ObjectHeader]) -> list[int]:

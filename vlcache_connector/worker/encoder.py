@@ -80,7 +80,11 @@ class EncoderRows:
         segment = self._storage.get(SegmentId(key, "encoder"))
         if segment is None:
             raise KeyError(key)
-        rows = segment.rows().to(self._device, non_blocking=True, copy=True)
+        parts = segment.rows()
+        shape = (segment.info.num_tokens, parts[0].shape[1])
+        rows = torch.empty(shape, dtype=parts[0].dtype, device=self._device)
+        for target, part in zip(rows.split([len(part) for part in parts]), parts, strict=True):
+            target.copy_(part, non_blocking=True)
         self._storage.leaving.add(segment.release)
         return rows
 

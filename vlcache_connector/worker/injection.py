@@ -27,10 +27,11 @@ def rotation(spec: RotarySpec, target: torch.Tensor, base: torch.Tensor) -> torc
         move alike, as those of a still image do.
     """
     delta = target - base
-    if not delta.any():
-        return None
-    if (delta == delta[:, :1]).all():
-        delta = delta[:, :1]
+    first = delta[:, :1]
+    if torch.equal(delta, first.expand_as(delta)):
+        if not first.any():
+            return None
+        delta = first
     return delta_angles(spec, delta if delta.shape[0] == 3 else delta[0])
 
 

@@ -9,7 +9,7 @@ import torch
 from vllm.logger import init_logger
 
 from ..attention.metadata import slots_of
-from ..protocol import Item, ReusePlan, Span
+from ..protocol import Item, ReusePlan, Span, of_runs
 from ..store import Segment, SegmentId
 from ..streams import Ring, Staged, StagedSegment, upload
 from ..support import KVShape
@@ -29,7 +29,7 @@ class LoadedPlan:
     Attributes:
         segments: item -> read handle of its donor's segment.
         placed: item -> the same segment at its place in the request.
-        encoder_rows: item -> rows [n_embeds, width] on any device, as far as they are known.
+        encoder_rows: item -> rows in order, [n, width] each on any device; those that are known.
         opened: read handles of stored encoder rows.
         dropped: read handles of segments that are not reused after all.
         on_device: items whose segments need not be copied from host memory.
@@ -40,7 +40,7 @@ class LoadedPlan:
     plan: ReusePlan
     segments: dict[int, Segment] = field(default_factory=dict)
     placed: dict[int, PlacedSegment] = field(default_factory=dict)
-    encoder_rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    encoder_rows: dict[int, Sequence[torch.Tensor]] = field(default_factory=dict)
     opened: list[Segment] = field(default_factory=list)
     dropped: list[Segment] = field(default_factory=list)
     on_device: set[int] = field(default_factory=set)
@@ -168,12 +168,8 @@ class Loader:
         Returns:
             The items in question, whose rows are in `entry.encoder_rows` or are not here.
         """
-        runs = entry.plan.runs_at(0)
-        items = [
-            item
-            for item in self._inputs_of(entry.plan.req_id).items.values()
-            if any(item.span.clip(run.start, run.end) for run in runs)
-        ]
+        inputs = self._inputs_of(entry.plan.req_id)
+        items = of_runs(inputs.in_order, entry.plan.runs_at(0))
         for item in items:
             if item.index in entry.encoder_rows or not entry.uses_store:
                 continue
@@ -197,7 +193,7 @@ class Loader:
         angles = rotation(self._model.rotary, target, base)
         # A claim may end inside the item; tokens behind it have no slot that anyone writes to.
         end = min(item.span.end, plan.claim.end)
-        slots = slots_of(Span(item.span.start, end), plan.block_ids, self._shape.block_size)
+        slots = slots_of(Span(item.span.start, end), plan.blocks, self._shape.block_size)
         return PlacedSegment(
             segment=segment,
             spec=self._model.rotary,

@@ -101,10 +101,10 @@ class SparsePrefillModel:
             )
         return next(iter(specs.values()))
 
-    def positions(self, token_ids: Sequence[int], features: Sequence[Any]) -> torch.Tensor:
+    def positions(self, token_ids: list[int], features: Sequence[Any]) -> torch.Tensor:
         """RoPE positions of a whole prompt: int64 [3, n] with M-RoPE, else [1, n], on the CPU."""
         if self._vllm_config.model_config.uses_mrope:
-            positions, _ = self._model.get_mrope_input_positions(list(token_ids), list(features))
+            positions, _ = self._model.get_mrope_input_positions(token_ids, list(features))
             return positions.to(torch.int64)
         return torch.arange(len(token_ids), dtype=torch.int64)[None]
 
@@ -134,7 +134,9 @@ class SparsePrefillModel:
                 multimodal_embeddings=[
                     rows.to(self._device, non_blocking=True) for rows in encoder_rows
                 ],
-                is_multimodal=upload(is_embed, self._device),
+                # On the CPU, as vLLM's own: from a mask on the device its merge would have to wait
+                # for the number of rows.
+                is_multimodal=is_embed,
             ).to(model_dtype(self._vllm_config))
             axes = positions if positions.shape[0] == 3 else positions[0]
             yield NestedPass(self, embeds, upload(axes, self._device))

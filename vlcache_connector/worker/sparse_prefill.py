@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from ..attention.metadata import MetadataFactory, Row, slots_of
-from ..protocol import Item, ItemReuse, ReusePlan, Span
+from ..protocol import Item, ItemReuse, ReusePlan, Span, inside, stretches_of
 from .blend import distances, farthest
 from .capture import SegmentCapture
 from .injection import Injection, PlacedSegment, ReusedRows
@@ -33,14 +34,19 @@ class RequestInputs:
     """A request's prompt as a worker knows it.
 
     Attributes:
-        token_ids: int64 [n].
+        token_ids: n of them.
         positions: int64 [3, n] or [1, n].
         items: its multimodal items by index.
     """
 
-    token_ids: torch.Tensor
+    token_ids: Sequence[int]
     positions: torch.Tensor
     items: dict[int, Item]
+
+    @cached_property
+    def in_order(self) -> Sequence[Item]:
+        """The items in prompt order."""
+        return sorted(self.items.values(), key=lambda item: item.span.start)
 
     def positions_of(self, item: Item) -> torch.Tensor:
         """An item's own positions, int64 [3 or 1, n]."""
@@ -54,13 +60,13 @@ class PrefillJob:
     Attributes:
         plan: what is computed.
         inputs: the request's prompt.
-        encoder_rows: item -> rows [n_embeds, width] on any device, for items inside runs.
+        encoder_rows: item -> rows in order, [n, width] each on any device, for items inside runs.
         placed: item -> its donor's segment, for the items that `plan` reuses.
     """
 
     plan: ReusePlan
     inputs: RequestInputs
-    encoder_rows: dict[int, torch.Tensor]
+    encoder_rows: dict[int, Sequence[torch.Tensor]]
     placed: dict[int, PlacedSegment]
 
 
@@ -77,6 +83,11 @@ class _Part:
         own = span.clip(self.span.start, self.span.end)
         return slice(self.row + own.start - self.span.start, self.row + own.end - self.span.start)
 
+    @cached_property
+    def reused(self) -> Sequence[ItemReuse]:
+        """The known items that have tokens in this part."""
+        return inside(self.job.plan.reused, self.span)
+
 
 @dataclass(frozen=True)
 class _Pass:
@@ -92,8 +103,8 @@ class _Pass:
     def computed_at(self, layer: int) -> np.ndarray:
         """bool [num_rows], before any choice while the pass runs."""
         computed = np.ones(self.num_rows, dtype=bool)
-        for part in self.parts:
-            for reuse in part.job.plan.reused:
+        for part in self.parts if layer else ():  # what enters, the first layer computes
+            for reuse in part.reused:
                 for span in reuse.reused_at(layer):
                     computed[part.rows_of(span)] = False
         return computed
@@ -103,17 +114,15 @@ class _Pass:
         return [
             (part, reuse)
             for part in self.parts
-            for reuse in part.job.plan.reused
-            if reuse.blend is not None
-            and reuse.blend.check_layer == layer
-            and reuse.span.clip(part.span.start, part.span.end)
+            for reuse in part.reused
+            if reuse.blend is not None and reuse.blend.check_layer == layer
         ]
 
     def stretches(self, num_layers: int) -> list[range]:
         """The layers, cut where rows leave."""
         starts = {0}
         for part in self.parts:
-            for reuse in part.job.plan.reused:
+            for reuse in part.reused:
                 starts |= {stage.first_layer for stage in reuse.stages}
                 if reuse.blend is not None:
                     starts.add(reuse.blend.check_layer + 1)
@@ -127,13 +136,14 @@ class _Pass:
 
     def metadata_rows(self, alive: np.ndarray) -> list[Row]:
         """A row of attention metadata for every stretch of consecutive `alive` tokens."""
+        if alive.all():
+            return [Row(part.span, part.job.plan.blocks) for part in self.parts]
         rows = []
         for part in self.parts:
-            own = np.concatenate([[False], alive[part.row : part.row + len(part.span)], [False]])
-            edges = np.flatnonzero(own[1:] != own[:-1])
-            for start, end in edges.reshape(-1, 2).tolist():
-                span = Span(part.span.start + start, part.span.start + end)
-                rows.append(Row(span, part.job.plan.block_ids))
+            first = part.span.start
+            for left in stretches_of(alive[part.row : part.row + len(part.span)]):
+                span = Span(first + left.start, first + left.end)
+                rows.append(Row(span, part.job.plan.blocks))
         return rows
 
 
@@ -200,22 +210,18 @@ class SparsePrefill:
 
     def before_layer(self, index: int, layer: Any) -> None:
         """vLLM comes to attention layer `index`: write the reused KV of a pass that runs."""
-        if self._injection is not None:
-            with self._noting_faults():
-                self._injection.write_layer(index, layer)
+        if self._injection is None:
+            return
+        try:
+            self._injection.write_layer(index, layer)
+        except Exception as error:
+            # In the middle of a forward, where ranks meet: it goes on, and fails when it is over.
+            self._fault = self._fault or error
 
     def on_kv_write(self, layer: int, key: torch.Tensor) -> None:
         """Keep the fresh keys [num_tokens, kv_heads, head_dim] of a layer that is checked."""
         if layer == self._check_layer:
             self._check_keys = key
-
-    @contextmanager
-    def _noting_faults(self) -> Iterator[None]:
-        """In the middle of a forward, where ranks meet: it goes on, and fails when it is over."""
-        try:
-            yield
-        except Exception as error:
-            self._fault = self._fault or error
 
     def _raise_fault(self) -> None:
         if self._fault is not None:
@@ -275,21 +281,24 @@ class SparsePrefill:
         this_pass: _Pass,
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Token ids, positions, encoder rows and `is_embed`, as `SparsePrefillModel` takes them."""
-        token_ids, positions, is_embed, rows = [], [], [], []
+        token_ids: list[int] = []
+        positions, is_embed, rows = [], [], []
         for part in this_pass.parts:
             job, span = part.job, part.span
-            token_ids.append(job.inputs.token_ids[span.start : span.end])
+            token_ids += job.inputs.token_ids[span.start : span.end]
             positions.append(job.inputs.positions[:, span.start : span.end])
             mask = torch.zeros(len(span), dtype=torch.bool)
-            for item in job.inputs.items.values():
+            for item in inside(job.inputs.in_order, span):
                 own = item.span.clip(span.start, span.end)
-                if own:
-                    embedded, item_rows = _rows_of(item, own, job.encoder_rows[item.index])
-                    mask[own.start - span.start : own.end - span.start] = embedded
-                    if len(item_rows):
-                        rows.append(item_rows)
+                within = mask[own.start - span.start : own.end - span.start]
+                rows += _take_rows(item, own, job.encoder_rows[item.index], within)
             is_embed.append(mask)
-        return torch.cat(token_ids), torch.cat(positions, dim=1), rows, torch.cat(is_embed)
+        return (
+            torch.tensor(token_ids, dtype=torch.int64),
+            torch.cat(positions, dim=1),
+            rows,
+            torch.cat(is_embed),
+        )
 
     def _run_layers(
         self,
@@ -384,17 +393,29 @@ class SparsePrefill:
                     key,
                     job.inputs.positions_of(item),
                     offset=own.start - item.span.start,
-                    slots=torch.from_numpy(slots_of(own, job.plan.block_ids, self._block_size)),
+                    slots=torch.from_numpy(slots_of(own, job.plan.blocks, self._block_size)),
                 )
 
 
-def _rows_of(
-    item: Item, part: Span, encoder_rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens of `part` take encoder rows (bool [len(part)]), and these rows in order."""
-    first, last = part.start - item.span.start, part.end - item.span.start
-    if item.is_embed is None:
-        return torch.ones(len(part), dtype=torch.bool), encoder_rows[first:last]
-    counts = np.concatenate([[0], np.cumsum(item.is_embed)])
-    mask = torch.tensor(item.is_embed[first:last], dtype=torch.bool)
-    return mask, encoder_rows[counts[first] : counts[last]]
+def _take_rows(
+    item: Item, part: Span, encoder_rows: Sequence[torch.Tensor], mask: torch.Tensor
+) -> list[torch.Tensor]:
+    """Set those of `mask`, bool [len(part)], that take encoder rows: these rows, in order."""
+    start, end = part.start - item.span.start, part.end - item.span.start
+    embeds = (Span(0, len(item.span)),) if item.embeds is None else item.embeds
+    for own in embeds[bisect_right(embeds, start, key=lambda own: own.end) :]:
+        if own.start >= end:
+            break
+        mask[max(0, own.start - start) : own.end - start] = True
+    return _between(encoder_rows, item.rows_before(start), item.rows_before(end))
+
+
+def _between(parts: Sequence[torch.Tensor], first: int, last: int) -> list[torch.Tensor]:
+    """Rows `first` to `last` of tensors [n, width] that follow each other: views."""
+    found, behind = [], 0
+    for rows in parts:
+        own = Span(behind, behind + len(rows)).clip(first, last)
+        if own:
+            found.append(rows[own.start - behind : own.end - behind])
+        behind += len(rows)
+    return found

@@ -171,7 +171,7 @@ class WorkerSide:
         if inputs is None:
             context = self._contexts[req_id]
             inputs = self._requests[req_id] = RequestInputs(
-                token_ids=torch.tensor(context.prompt_token_ids, dtype=torch.int64),
+                token_ids=context.prompt_token_ids,
                 positions=self._model.positions(
                     context.prompt_token_ids, context.position_features
                 ),
@@ -320,7 +320,7 @@ class WorkerSide:
                 known[key] = self._model.encode(modality, data)
                 with self._guarded("store"):
                     self._encoder_rows.put(key, known[key])
-            entry.encoder_rows[item.index] = known[key]
+            entry.encoder_rows[item.index] = [known[key]]
 
     def compute_canonical(self, plans: Sequence[CanonicalPlan]) -> None:
         """Compute and store new images in a clean context, after vLLM's own forward.

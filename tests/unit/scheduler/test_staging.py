@@ -343,7 +343,7 @@ def test_a_request_that_waits_asks_anew_when_the_weights_changed() -> None:
 
 def test_a_fetch_says_how_many_tokens_and_rows_there_must_be() -> None:
     world = World()
-    made = replace(item(), is_embed=(True, False, True, True))
+    made = replace(item(), embeds=(Span(0, 1), Span(2, 4)))
     world.waits("1", made)
     fetches, _, _ = world.step()
     assert [(plan.kind, plan.num_tokens) for plan in fetches] == [("kv", 4), ("encoder", 3)]

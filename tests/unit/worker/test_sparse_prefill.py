@@ -109,10 +109,11 @@ def make_job(number: int, plan: ReusePlan, items: Sequence[Item]) -> PrefillJob:
     ids = torch.arange(end) + TOKEN_IDS_PER_REQUEST * number
     by_index = {item.index: item for item in items}
     rows = {
-        item.index: torch.arange(item.num_embeds)[:, None] + 100.0 * item.index for item in items
+        item.index: (torch.arange(item.num_embeds)[:, None] + 100.0 * item.index).split(3)
+        for item in items
     }
     placed = {reuse.item: place(plan, by_index[reuse.item]) for reuse in plan.reused}
-    return PrefillJob(plan, RequestInputs(ids, ids[None] * 2, by_index), rows, placed)
+    return PrefillJob(plan, RequestInputs(ids.tolist(), ids[None] * 2, by_index), rows, placed)
 
 
 def place(plan: ReusePlan, item: Item) -> PlacedSegment:
@@ -212,7 +213,10 @@ class Engine:
             nonlocal ids
             if stretch.stays is not None:
                 ids = ids[stretch.stays]
-            rows = list(stretch.metadata[NAMES[0]])
+            rows = [
+                Row(row.span, tuple(np.asarray(row.block_ids).tolist()))
+                for row in stretch.metadata[NAMES[0]]
+            ]
             made.stretches.append((stretch.layers, ids.tolist(), rows))
             for index in stretch.layers:
                 layer, slots = self.layers[NAMES[index]], stretch.slot_mapping[NAMES[index]]
@@ -241,7 +245,7 @@ class Engine:
 
 
 def token_ids(job: PrefillJob, chosen: Sequence[int]) -> list[int]:
-    return job.inputs.token_ids[chosen].tolist()
+    return [job.inputs.token_ids[token] for token in chosen]
 
 
 def passes_of(jobs: Sequence[PrefillJob], max_tokens: int) -> list[list[tuple[int, int]]]:
@@ -256,7 +260,7 @@ def chosen_by_blend(job: PrefillJob, reuse: ItemReuse, inside: Sequence[int]) ->
     """Of the item's tokens that are in one pass, those whose fresh keys are farthest."""
     assert reuse.blend is not None
     layer, first = reuse.blend.check_layer, job.inputs.items[reuse.item].span.start
-    fresh = fresh_kv(layer, job.inputs.token_ids[inside])[0]
+    fresh = fresh_kv(layer, torch.tensor(job.inputs.token_ids)[inside])[0]
     donor = job.placed[reuse.item].segment.layer(layer)[0][[token - first for token in inside]]
     far = (fresh - donor).square().sum(dim=(1, 2)).tolist()
     order = sorted(range(len(inside)), key=far.__getitem__)
@@ -395,7 +399,7 @@ def test_every_token_of_the_claims_gets_its_kv_exactly_once_in_every_layer(
             for token, slot in zip(tokens(plan.claim), slots, strict=True):
                 kv = written.pop(slot)
                 if (number, token) in fresh:
-                    expected = fresh_kv(index, job.inputs.token_ids[[token]])[:, 0]
+                    expected = fresh_kv(index, torch.tensor([job.inputs.token_ids[token]]))[:, 0]
                 else:
                     [reuse] = [r for r in plan.reused if r.span.start <= token < r.span.end]
                     offset = token - job.inputs.items[reuse.item].span.start
@@ -442,7 +446,9 @@ def test_items_that_are_computed_completely_are_captured(
             assert captured.valid
             assert captured.writer.key == job.plan.captures[index]
             for layer, kv in enumerate(engine.captured[captured.writer.key]):
-                expected = fresh_kv(layer, job.inputs.token_ids[span.start : span.end])
+                expected = fresh_kv(
+                    layer, torch.tensor(job.inputs.token_ids[span.start : span.end])
+                )
                 assert torch.equal(kv, expected)
     assert len(engine.capture) == 0
 
@@ -557,7 +563,7 @@ def test_metadata_rows_of_an_alive_mask_by_example() -> None:
     alive[[0, 3, 4, 8]] = False  # row 8 is token 12, the first one behind the item
     rows = this_pass.metadata_rows(alive)
     assert [row.span for row in rows] == [Span(1, 3), Span(5, 8), Span(13, 20)]
-    assert all(row.block_ids == (4, 3, 2, 1, 0) for row in rows)
+    assert all(row.block_ids.tolist() == [4, 3, 2, 1, 0] for row in rows)
     assert this_pass.metadata_rows(np.zeros(16, dtype=bool)) == []
 
 
@@ -639,8 +645,8 @@ def test_keys_of_layers_that_are_not_checked_are_not_kept() -> None:
 
 
 def test_encoder_rows_follow_the_mask_of_their_item() -> None:
-    mask = (True, False, True, True, False, True)
-    item = Item(0, Span(1, 7), 0, "kv", "rows", is_embed=mask)
+    embeds = (Span(0, 1), Span(2, 4), Span(5, 6))
+    item = Item(0, Span(1, 7), 0, "kv", "rows", embeds)
     job = make_job(0, ReusePlan(Span(0, 8), (), "request", (0, 1)), [item])
     engine = Engine(max_tokens=3)
     engine.run([job])
@@ -654,7 +660,7 @@ def test_encoder_rows_follow_the_mask_of_their_item() -> None:
 
 
 def test_a_part_of_an_item_without_any_row_adds_none() -> None:
-    item = Item(0, Span(0, 4), 0, "kv", "rows", is_embed=(False, False, True, True))
+    item = Item(0, Span(0, 4), 0, "kv", "rows", (Span(2, 4),))
     job = make_job(0, ReusePlan(Span(0, 4), (), "request", (0,)), [item])
     engine = Engine(max_tokens=2)
     engine.run([job])
