@@ -169,7 +169,7 @@ class SeenImages:
     ) -> None:
         """Remember an image whose processor output is in the cache under its content's hash."""
         key = image.key if isinstance(image, ArrivedImage) else None
-        # What kept the class of its file's format has a damaged EXIF block; vLLM looks closer.
+        # What is still of its file format's own class is damaged, and only just got through.
         if key is None or type(image.media) not in (Image.Image, KnownImage):
             return
         with self._lock:

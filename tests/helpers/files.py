@@ -1,4 +1,4 @@
-"""Images in files: good ones, and such as vLLM refuses."""
+"""Images in files: good ones, damaged ones, and such as vLLM refuses."""
 
 from __future__ import annotations
 
@@ -36,14 +36,12 @@ def encoded(
     return buffer.getvalue()
 
 
-def _damaged(data: bytes) -> bytes:
-    """In the middle, some bytes are others."""
+def damaged_png() -> bytes:
+    """A PNG in whose middle some bytes are others; vLLM takes it, with some pixels wrong."""
+    data = encoded(photo(10), "PNG")
     middle = len(data) // 2
-    return (
-        data[:middle]
-        + bytes(byte ^ 0xFF for byte in data[middle : middle + 64])
-        + data[middle + 64 :]
-    )
+    damaged = bytes(byte ^ 0xFF for byte in data[middle : middle + 64])
+    return data[:middle] + damaged + data[middle + 64 :]
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
@@ -72,18 +70,32 @@ def _animated_bomb() -> bytes:
     return data[:6] + struct.pack("<HH", 60_000, 60_000) + data[10:]
 
 
+def _animated(first: Image.Image, image_format: str) -> bytes:
+    return encoded(first, image_format, save_all=True, append_images=[photo(8)])
+
+
+GOOD_IMAGES: Mapping[str, Callable[[], bytes]] = {
+    "RGB PNG": lambda: encoded(photo(1), "PNG"),
+    "RGBA PNG": lambda: encoded(photo(2).convert("RGBA"), "PNG"),
+    "see-through PNG": lambda: encoded(photo(2).convert("P"), "PNG", transparency=3),
+    "grey PNG": lambda: encoded(photo(3).convert("L"), "PNG"),
+    "JPEG": lambda: encoded(photo(4), "JPEG"),
+    "turned JPEG": lambda: encoded(photo(5), "JPEG", orientation=6),
+    "WebP": lambda: encoded(photo(6), "WEBP"),
+    "animated WebP": lambda: _animated(photo(7), "WEBP"),
+    "animated GIF": lambda: _animated(photo(9), "GIF"),
+    "PNG header and noise": lambda: _png(112, 112, bytes(range(256)) * 4),
+}
+"""What vLLM takes, by name."""
+
 BAD_IMAGES: Mapping[str, Callable[[], bytes]] = {
-    "damaged PNG": lambda: _damaged(encoded(photo(1), "PNG")),
     "truncated PNG": lambda: encoded(photo(1), "PNG")[:-600],
     "truncated JPEG": lambda: encoded(photo(1), "JPEG")[:-600],
     "truncated WebP": lambda: encoded(photo(1), "WEBP")[:-600],
-    "truncated animated WebP": lambda: encoded(
-        photo(1), "WEBP", save_all=True, append_images=[photo(2)]
-    )[:200],
+    "truncated animated WebP": lambda: _animated(photo(1), "WEBP")[:200],
     "decompression bomb": _bomb,
     "animated decompression bomb": _animated_bomb,
     "PNG header only": lambda: _png(112, 112, b""),
-    "header and noise": lambda: _png(112, 112, bytes(range(256)) * 4),
     "JPEG header only": lambda: encoded(photo(1), "JPEG")[:300],
     "text": lambda: b"not an image, but a text of some length",
     "nothing": lambda: b"",
