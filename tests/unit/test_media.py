@@ -34,8 +34,9 @@ TRANSFER = {"kv_connector": "VLCacheConnector", "kv_role": "kv_both"}
 class Frontend:
     """Loads images and puts them through vLLM's processor, as its servers do."""
 
-    def __init__(self, model: Path, **options: Any) -> None:
+    def __init__(self, model: Path, placeholder: str = IMAGE, **options: Any) -> None:
         register()
+        self._placeholder = placeholder
         arguments: dict[str, Any] = {"kv_transfer_config": TRANSFER, **options}
         config = EngineArgs(
             model=str(model),
@@ -50,7 +51,7 @@ class Frontend:
         return connector.fetch_image(data_url(data))
 
     def process(self, *images: Any, **more: Any) -> Any:
-        text = " and ".join([IMAGE] * len(images))
+        text = " and ".join([self._placeholder] * len(images))
         prompt = {"prompt": text, "multi_modal_data": {"image": list(images)}, **more}
         [parsed] = self.renderer.render_prompts([prompt])
         [tokens] = self.renderer.tokenize_prompts([parsed], self.renderer.default_cmpl_tok_params)
@@ -117,6 +118,21 @@ def test_a_known_image_is_not_decoded_and_the_same_to_the_engine(
     # Of plain vLLM, too: by its hash its caches, and other servers', know the image.
     expected = frontend.process(plain(data))
     assert expected["mm_hashes"] == again["mm_hashes"]
+
+
+@pytest.mark.parametrize("arch", ["qwen2_vl", "qwen3_vl", "llava_onevision"])
+def test_no_processor_asks_for_pixels_of_what_is_in_its_cache(
+    tiny_model: Callable[..., Path],
+    image_placeholder: Callable[[str], str],
+    decoded: Decoded,
+    arch: str,
+) -> None:
+    frontend = Frontend(tiny_model(arch), image_placeholder(arch))
+    data = encoded(photo(1), "PNG")
+    first, again = frontend.ask(data), decoded.during(frontend.ask, data)
+    assert decoded == []
+    assert again["prompt_token_ids"] == first["prompt_token_ids"]
+    assert again["mm_hashes"] == first["mm_hashes"]
 
 
 @pytest.mark.parametrize("name", GOOD_IMAGES)
