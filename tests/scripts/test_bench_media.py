@@ -66,6 +66,8 @@ def test_reduced_run(tmp_path: Path) -> None:
     assert len(samples) == kinds * len(bench.SYSTEMS)
     assert len(bench.cells_of(samples)) == kinds
     assert all(0 < sample.to_first_step < sample.to_answer for sample in samples)
+    assert len(document["lookups"]) == kinds / 2
+    assert all(0 < entry["lookup"] < entry["decode"] for entry in document["lookups"])
     page = output.with_suffix(".md").read_text()
     assert page in process.stdout
     assert "| photo | 448 px | PNG, 0." in page
