@@ -8,8 +8,8 @@ and a mode, and decodes itself, as vLLM would have, when anyone asks for more. A
 decoded on arrival, by vLLM's own code with its limits (formats, pixels, damaged files).
 
 What a client gains by sending bytes that are known: its request takes less time. So it can tell
-that this process was sent the same bytes, all of which it needs to have, not long ago; as it can
-with plain vLLM, whose processor cache, which is no tenant's own either, makes a larger difference.
+that this process was sent the same bytes, all of which it needs to have, not long ago, whatever
+the `cache_salt`. It can with plain vLLM, by its processor cache; decoding adds to the difference.
 No limit is passed by: the same bytes stood it, in this process. Bytes are recognised by a seeded
 128-bit xxHash. Were two images ever to share one, vLLM's own hash would still tell them apart, miss
 in its cache, and have the second one decoded, with all limits, and refused if it is bad.
