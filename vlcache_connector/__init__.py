@@ -19,7 +19,10 @@ def register() -> None:
     """
     from . import seams
 
-    frontend_users = ("frontend.py", "content.py", "identity.py", "refusals.py", "support.py")
+    frontend_users = (
+        *("frontend.py", "content.py", "media.py"),
+        *("identity.py", "refusals.py", "support.py"),
+    )
     if all(map(seams.intact, frontend_users)):
         from . import frontend
 

@@ -125,6 +125,9 @@ class VLCacheConfig(BaseModel):
     """Take the names that requests give to images and videos (`multi_modal_uuids`, hashes in the
     body) for what they are; only behind a gateway that makes the names."""
 
+    lazy_decoding: bool = True
+    """Decode an image that this process has decoded before only if its pixels are needed."""
+
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> VLCacheConfig:
         """Validate `extra`.

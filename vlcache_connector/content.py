@@ -12,7 +12,8 @@ vLLM seams, patched:
   that no name is the hash of another item, in vLLM's own caches either; hashes are of the item
   alone, not of the path that the model was loaded from.
 - `BaseMultiModalProcessor.apply` (`vllm/multimodal/processing/processor.py`), the last that sees
-  item and hash together: hashes of content are told from others by their type.
+  item and hash together: hashes of content are told from others by their type. What was hashed is
+  known from then on (`media.py`).
 - `InputProcessor.process_inputs` and `inject_into_mm_cache` (`vllm/v1/engine/input_processor.py`):
   all that goes to the engine passes here.
 """
@@ -23,11 +24,12 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm.multimodal.hasher import _get_image_id_bytes
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import BaseMultiModalProcessor
 from vllm.v1.engine.input_processor import InputProcessor
+
+from . import media
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -102,6 +104,11 @@ def _apply(
         ]
         for modality, of_items in result["mm_hashes"].items()
     }
+    if "image" in inputs.mm_data_items:
+        images = inputs.mm_data_items["image"].get_all_items_for_hash()
+        for image, of_item in zip(images, result["mm_hashes"]["image"], strict=True):
+            if isinstance(of_item, ContentHash):
+                media.remember(image, of_item, inputs.cache)
     return result
 
 
@@ -116,7 +123,7 @@ def _named(inputs: ProcessorInputs, modality: str) -> list[bool]:
 
 def _has_image_id(item: Any) -> bool:
     image = item.media if isinstance(item, MediaWithBytes) else item
-    return hasattr(image, "getexif") and _get_image_id_bytes(image) is not None
+    return hasattr(image, "getexif") and media.image_id(image) is not None
 
 
 def _process_inputs(

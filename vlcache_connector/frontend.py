@@ -27,10 +27,12 @@ from vllm.config import ECTransferConfig, KVTransferConfig, VllmConfig
 
 from .content import identify_items
 from .identity import check_identity
+from .media import skip_decoding_known_images
 from .refusals import check_options
 from .support import (
     ENCODER_CONNECTOR,
     KV_CONNECTOR,
+    config_of,
     inert_reason,
     own_transfer,
     uses_vlcache,
@@ -65,6 +67,8 @@ def _resolve_mm_embedding_inputs(
         original(config)
         return
     identify_items()
+    if inert_reason(config) is None and config_of(config).lazy_decoding:
+        skip_decoding_known_images()
     kv, ec = config.kv_transfer_config, config.ec_transfer_config
     # vLLM takes our halves for what they are not: it decides as if they were not there.
     if kv is not None and kv.kv_connector == KV_CONNECTOR:

@@ -73,6 +73,7 @@ FALLBACKS = {
     "failed": "a request's claim could not be filled; what then is kv_load_failure_policy's affair",
     "read": "a request could not be read",
     "plan": "a request's reuse could not be planned",
+    "media": "an image could not be looked up among the known ones, and was decoded",
     # Segments; each rank counts its own.
     "store": "a segment that was computed could not be stored",
     "canonical": "a canonical donor could not be computed",
@@ -85,6 +86,13 @@ FALLBACKS = {
     "tier_other": "a call of a tier failed in another way",
 }
 """What went wrong, by reason; each cost only reuse."""
+
+DECODING = {
+    "decoded": "it was not known, and decoded on arrival",
+    "known": "it was known, and not decoded on arrival",
+    "late": "it was known, but decoded after all: vLLM's processor asked for its pixels",
+}
+"""What became of an image that arrived in a file's bytes; `known` includes `late`."""
 
 BREAKER_STATES = ("closed", "half_open", "open")
 """In the order of their numbers in `vllm:vlcache_breaker_state`."""
@@ -114,6 +122,12 @@ LOOKUPS = Metric(
     "counter",
     "Images of requests whose KV was looked for, by the tier it was found in and the outcome.",
     {"tier": (*TIERS, NOWHERE), "outcome": tuple(OUTCOMES)},
+)
+IMAGES = Metric(
+    f"{_PREFIX}images_total",
+    "counter",
+    "Images that arrived in base64, by URL or as files, by what became of decoding them.",
+    {"decoding": tuple(DECODING)},
 )
 REUSED_TOKENS = Metric(
     f"{_PREFIX}reused_tokens_total",
@@ -226,7 +240,7 @@ PREFILL_TOKENS_PER_SECOND = Metric(
 )
 
 METRICS = (
-    *(LOOKUPS, REUSED_TOKENS, RECOMPUTED_TOKENS, SPARSE_PREFILL_TOKENS),
+    *(IMAGES, LOOKUPS, REUSED_TOKENS, RECOMPUTED_TOKENS, SPARSE_PREFILL_TOKENS),
     *(READ_BYTES, WRITTEN_BYTES, STORED_SEGMENTS, EVICTED_SEGMENTS),
     *(REFUSED, FELL_BACK, NET_SAVED_SECONDS, LOAD_SECONDS, SPARSE_PREFILL_SECONDS),
     *(PINNED_SEGMENTS, STORED_BYTES, BREAKER_STATE),
@@ -235,6 +249,15 @@ METRICS = (
 """All of them."""
 
 _BY_NAME = {metric.name: metric for metric in METRICS}
+
+_shown: VLCachePromMetrics | None = None
+"""What this process shows on `/metrics`; of several, vLLM shows the latest."""
+
+
+def count(metric: Metric, *labels: str) -> None:
+    """Add one to a counter in the frontend's process, where stats need not travel."""
+    if _shown is not None:
+        _shown.count(metric, *labels)
 
 
 class VLCacheStats(KVConnectorStats):
@@ -322,6 +345,13 @@ class VLCachePromMetrics(KVConnectorPromMetrics):
                 for engine in per_engine_labelvalues.values():
                     for labels in itertools.product(*metric.labels.values()):
                         made.labels(*engine, *labels)
+        global _shown
+        _shown = self
+
+    def count(self, metric: Metric, *labels: str) -> None:
+        """Add one to a counter of what happens before a request has an engine: the first one's."""
+        engine = next(iter(self.per_engine_labelvalues.values()))
+        self._metrics[metric.name].labels(*engine, *labels).inc()
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Take in the data of a `VLCacheStats`."""

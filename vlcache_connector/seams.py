@@ -133,9 +133,8 @@ SEAMS: tuple[Seam, ...] = (
     _has(
         "vllm.multimodal.processing.inputs:ProcessorInputs",
         "content.py",
-        "mm_data_items mm_uuid_items",
+        "mm_data_items mm_uuid_items cache",
     ),
-    _takes("vllm.multimodal.hasher:_get_image_id_bytes", "content.py", "image"),
     _has("vllm.multimodal.media:MediaWithBytes", "content.py", "media"),
     *_replaced(
         "vllm.multimodal.processing.processor:BaseMultiModalProcessor",
@@ -149,6 +148,24 @@ SEAMS: tuple[Seam, ...] = (
         inject_into_mm_cache="mm_hashes mm_kwargs",
     ),
     _has("vllm.v1.engine:EngineCoreRequest", "content.py", "mm_features"),
+    _has("vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY", "media.py", "name2class register"),
+    *_replaced(
+        "vllm.multimodal.media:MediaConnector",
+        "media.py",
+        load_from_url="url media_io fetch_timeout",
+        load_from_url_async="url media_io fetch_timeout",
+    ),
+    *_is_there("media.py", "vllm.multimodal.media:MediaIO", "vllm.multimodal:hasher"),
+    _takes("vllm.multimodal.media:ImageMediaIO.__init__", "media.py", "image_mode kwargs"),
+    _has(
+        "vllm.multimodal.media:ImageMediaIO", "media.py", "image_mode rgba_background_color kwargs"
+    ),
+    *_replaced("vllm.multimodal.media:ImageMediaIO", "media.py", load_bytes="data"),
+    _takes("vllm.multimodal.media:MediaWithBytes", "media.py", "media original_bytes io_config"),
+    Seam("vllm.multimodal.hasher:_get_image_id_bytes", "media.py", ("image",), is_exact=True),
+    _takes(
+        "vllm.multimodal.cache:BaseMultiModalProcessorCache.is_cached_item", "media.py", "mm_hash"
+    ),
     _has(
         "vllm.multimodal.inputs:MultiModalFeatureSpec",
         "content.py",

@@ -46,4 +46,8 @@ def test_each_of_them_finds_what_another_had_stored(
     expected = tokens - max(8, round(0.05 * tokens))
     assert (first, reused) == (0, 16 * [expected])
     assert metrics("vllm:vlcache_reused_tokens_total") == 16 * expected
+    # Each knows the images that it decoded itself.
+    images = {d: metrics("vllm:vlcache_images_total", decoding=d) for d in ("decoded", "known")}
+    assert sum(images.values()) == 17
+    assert images["known"] > 0
     assert set(re.findall(r"ApiServer_\d", log)) == {"ApiServer_0", "ApiServer_1"}

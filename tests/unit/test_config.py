@@ -105,6 +105,7 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
     "redis_bytes_per_second": [(0, "greater than 0"), (1.5, _INTEGER)],
     "share_unsalted": _SWITCH,
     "trust_client_names": _SWITCH,
+    "lazy_decoding": _SWITCH,
 }
 ACCEPTED: dict[str, list[Any]] = {
     "enabled": [False, True],
@@ -133,6 +134,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "redis_bytes_per_second": [None, 1 << 30],
     "share_unsalted": [False, True],
     "trust_client_names": [True, False],
+    "lazy_decoding": [False, True],
 }
 
 
