@@ -21,7 +21,7 @@ from tests.helpers.quick_start import KV_BLOCKS, QUICK_START
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / ".cache" / "models"
-ENGINES = 4
+ENGINES = 3
 """How many engines, of about 1.1 GB each, stay alive."""
 
 
