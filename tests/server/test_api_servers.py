@@ -19,7 +19,7 @@ def test_each_of_them_finds_what_another_had_stored(
     """vLLM's processor cache then stays in each of them, and every request carries its pixels."""
     with VLLMServer(
         tiny_model(),
-        connector={"cpu_bytes": "64MiB", "encoder_cpu_bytes": "64MiB"},
+        connector={"cpu_bytes": "64MiB", "encoder_cpu_bytes": "64MiB", "break_even": False},
         extra_args=[
             *("--api-server-count", "2", "--enforce-eager", "--max-model-len", "2048"),
             *("--dtype", "float32"),
