@@ -326,6 +326,7 @@ class Engine:
 
         from vlcache_connector.config import VLCacheConfig
         from vlcache_connector.measure.runner import Runner
+        from vlcache_connector.scheduler.break_even import BreakEven
         from vlcache_connector.tiers import open_tiers
 
         arguments |= {"enforce_eager": True, "enable_prefix_caching": True, "seed": 0}
@@ -341,6 +342,9 @@ class Engine:
             [self._tiers[name]] = open_tiers(config, "bench", "bench")
         for tier in self._tiers.values():
             tier.read = self._timed(tier.read)
+        # Loads alone are weighed: what has been loaded is reused.
+        scheduler: Any = self._runner._llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler.connector._scheduler._break_even = BreakEven(is_on=False)
         self._decide = self._transfers._is_worth
         self._transfers._is_worth = self._judge
         self._force: bool | None = None

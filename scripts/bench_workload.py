@@ -268,9 +268,15 @@ def make_servers(
     under_way = args.scale.most_images * args.concurrency
     in_all = max(map(_count_images, workloads))
     kv, rows = (ROOM * image_tokens * n for n in _bytes_per_token(model, args.dtype))
-    ample = {"cpu_bytes": int(in_all * kv), "encoder_cpu_bytes": int(in_all * rows)}
-    small = {"cpu_bytes": int(under_way * kv), "encoder_cpu_bytes": int(under_way * rows)}
+    ample: dict[str, Any] = {"cpu_bytes": int(in_all * kv), "encoder_cpu_bytes": int(in_all * rows)}
+    small: dict[str, Any] = {
+        "cpu_bytes": int(under_way * kv),
+        "encoder_cpu_bytes": int(under_way * rows),
+    }
     small |= {"write_queue_bytes": int(under_way * (kv + rows))}
+    if args.always_reuse:
+        ample |= {"break_even": False}
+        small |= {"break_even": False}
     vlcache: dict[str, dict[str, Any]] = {
         "vlcache-device": ample | {"device_bytes": ample["cpu_bytes"]},
         "vlcache-cpu": ample,
@@ -787,6 +793,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     served = parser.add_argument_group("what is served")
     add_model_options(served)
+    served.add_argument(
+        "--always-reuse",
+        action="store_true",
+        help="also where computing takes less time (break_even: false)",
+    )
     served.add_argument(
         "--together",
         type=int,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, checks the style, runs the tests in three processes.
+# Installs what is missing, checks the style, runs the tests in two processes.
 #
 #   scripts/test.sh            everything
 #   scripts/test.sh fast       unit tests, and exactness on one real engine
@@ -28,6 +28,6 @@ fi
 status=0
 .venv/bin/ruff check || status=$?
 .venv/bin/ruff format --check || status=$?
-.venv/bin/python -m pytest -n 3 "$@" || status=$?
+.venv/bin/python -m pytest -n 2 "$@" || status=$?
 printf 'scripts/test.sh took %d min %d s\n' $((SECONDS / 60)) $((SECONDS % 60))
 exit "$status"

@@ -21,7 +21,7 @@ from tests.helpers.quick_start import KV_BLOCKS, QUICK_START
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / ".cache" / "models"
-ENGINES = 3
+ENGINES = 4
 """How many engines, of about 1.1 GB each, stay alive."""
 
 
@@ -34,15 +34,10 @@ FOLDERS = ("server", "scripts", "engine", "unit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test by its folder, and with what it has to share a process.
-
-    That is its file, unless it uses the server that several files share.
-    """
+    """Mark every test by its folder, and order them."""
     for item in items:
         path = item.path.relative_to(ROOT / "tests")
         item.add_marker(path.parts[0])
-        shares_server = "cpu_server" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("cpu_server" if shares_server else str(path)))
     items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(ROOT / "tests").parts[0]))
 
 

@@ -137,7 +137,7 @@ def ask_around(llm: Any, rounds: int) -> tuple[list[str | None], set[str], int]:
 
     images = [(310 + number, 224) for number in range(5)]
     ends: list[str | None] = []
-    misplaced: set[str] = set()
+    misplaced: dict[str, set[str]] = {}
     for number in range(rounds):
         x, y, z = (images[(number * step) % 5] for step in (1, 2, 3))
         asks = [
@@ -165,7 +165,7 @@ def test_rows_are_kept_and_evicted_in_turn_under_a_small_budget(
     try:
         ends, misplaced, _ = engine.call(ask_around, 30)
         assert set(ends) == {"length"}
-        assert misplaced == set()
+        assert misplaced == {}
     finally:
         engine.close()
 
@@ -195,7 +195,7 @@ def test_the_encoder_half_alone_keeps_storing(
             assert engine.call(misplaced_rows) == {}
         ends, misplaced, evicted = engine.call(ask_around, 10)
         assert set(ends) == {"length"}
-        assert misplaced == set()
+        assert misplaced == {}
         assert evicted > 0
     finally:
         engine.close()

@@ -106,7 +106,7 @@ def test_unknown_images_in_front_of_a_known_one_take_no_longer_steps_than_in_pla
     engine: Engine, engines: Callable[..., Engine]
 ) -> None:
     plain, seconds = engines(None, **SETTINGS), {"plain": [], "cached": []}
-    for seed in range(6):
+    for seed in range(8):
         images = (*new_images(seed), KNOWN)
         ask = Ask(f"compare {seed} " + f"{IMAGE} " * len(images), images)
         for name, one in (("plain", plain), ("cached", engine)):
@@ -115,8 +115,11 @@ def test_unknown_images_in_front_of_a_known_one_take_no_longer_steps_than_in_pla
             assert max(step.scheduled + step.sparse for step in steps) <= BUDGET
             if seed:  # the first time, memory is taken
                 seconds[name].append([step.seconds for step in steps])
-    # All runs are cut into the same steps: each is taken where it was disturbed the least.
-    longest = {name: np.array(runs).min(axis=0).max() for name, runs in seconds.items()}
+    # All runs are cut into the same steps: each is taken where it was disturbed the least. Those
+    # with unknown images are equally long.
+    longest = {
+        name: np.sort(np.array(runs).min(axis=0))[-3:].mean() for name, runs in seconds.items()
+    }
     assert longest["cached"] <= 1.15 * longest["plain"]
 
 

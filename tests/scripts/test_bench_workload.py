@@ -161,6 +161,7 @@ def test_reduced_run(tmp_path: Path) -> None:
         *("--image-px", "224", "--systems", "plain", "vlcache-disk"),
         *("--workloads", "window", "repeat", "--users", "2", "--turns", "2", "--images", "3"),
         *("--rates", "100", "--requests", "1", "--output-tokens", "2"),
+        "--always-reuse",
         *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
     ]
     process = subprocess.run(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soak
 import stress
+import torch
 from local_redis import find_server
 from stress import Ask, Result
 
@@ -207,7 +208,8 @@ def spoil_the_accounts(llm: Any, tell: stress.Tell) -> None:
 def spoil_a_byte(llm: Any, tell: stress.Tell) -> None:
     _, worker, _ = stress._sides(llm)
     [name, *_] = (name for name in worker._storage.host._resident if name[1] == "kv")
-    with worker._storage.host.get(name) as segment:
+    # The engine stores what it computes in inference mode.
+    with torch.inference_mode(), worker._storage.host.get(name) as segment:
         segment.layer(0)[0][0] += 1
 
 
