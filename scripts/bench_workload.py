@@ -268,15 +268,13 @@ def make_servers(
     under_way = args.scale.most_images * args.concurrency
     in_all = max(map(_count_images, workloads))
     kv, rows = (ROOM * image_tokens * n for n in _bytes_per_token(model, args.dtype))
-    ample: dict[str, Any] = {"cpu_bytes": int(in_all * kv), "encoder_cpu_bytes": int(in_all * rows)}
-    small: dict[str, Any] = {
+    connector: dict[str, Any] = {"break_even": False} if args.always_reuse else {}
+    ample = connector | {"cpu_bytes": int(in_all * kv), "encoder_cpu_bytes": int(in_all * rows)}
+    small = connector | {
         "cpu_bytes": int(under_way * kv),
         "encoder_cpu_bytes": int(under_way * rows),
+        "write_queue_bytes": int(under_way * (kv + rows)),
     }
-    small |= {"write_queue_bytes": int(under_way * (kv + rows))}
-    if args.always_reuse:
-        ample |= {"break_even": False}
-        small |= {"break_even": False}
     vlcache: dict[str, dict[str, Any]] = {
         "vlcache-device": ample | {"device_bytes": ample["cpu_bytes"]},
         "vlcache-cpu": ample,
