@@ -105,6 +105,32 @@ def test_exact_request_during_an_approximate_one(
     np.testing.assert_allclose(exact.logprobs, expected.logprobs, rtol=0, atol=1e-4)
 
 
+def aborted(llm: Any, ask: Ask, steps: int) -> None:
+    """Start `ask`, and abort it after so many of the engine's steps."""
+    engine = llm.llm_engine
+    engine.add_request("aborted", *request_of(ask))
+    for _ in range(steps):
+        engine.step()
+    engine.abort_request(["aborted"], internal=False)
+    while engine.has_unfinished_requests():
+        engine.step()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_exact_request_after_an_aborted_approximate_one(
+    engines: Callable[..., Engine], cached: Engine, steps: int
+) -> None:
+    cached.call(aborted, replace(TARGET, vlcache=BLIND, max_tokens=24), steps)
+    # Those who recompute alike go on where it was left.
+    [approximate] = cached.ask(replace(TARGET, vlcache=BLIND))
+    assert approximate.figures is not None
+    assert approximate.figures["approximate_prefix_tokens"] > 0
+    [expected] = engines(None).ask(TARGET)
+    [exact] = cached.ask(replace(TARGET, vlcache=OFF))
+    assert exact.tokens == expected.tokens
+    np.testing.assert_allclose(exact.logprobs, expected.logprobs, rtol=0, atol=1e-4)
+
+
 def preempted(llm: Any, asks: list[Ask]) -> tuple[list[Answer], int]:
     """Run `asks` together; the answers, and how often vLLM preempted a request."""
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -127,15 +153,15 @@ def preempted(llm: Any, asks: list[Ask]) -> tuple[list[Answer], int]:
 
 
 def test_exact_requests_stay_exact_under_preemption(engines: Callable[..., Engine]) -> None:
-    long = replace(TARGET, max_tokens=200)
+    long = replace(TARGET, max_tokens=110)
     [expected] = engines(None).ask(long)
-    # Two prompts fit, their answers do not: decoding forces preemptions.
+    # Two prompts fit, as they share their first blocks; their answers do not: decoding preempts.
     prompt_blocks = len(expected.prompt) // 32 + 1
     small = engines(
         {},
         max_model_len=len(expected.prompt) + 256,
         block_size=32,
-        num_gpu_blocks_override=2 * prompt_blocks + 6,
+        num_gpu_blocks_override=2 * prompt_blocks - 1,
     )
     for donor in DONORS:
         small.ask(donor)
@@ -191,7 +217,7 @@ def test_another_salt_is_served_no_approximate_block(cached: Engine) -> None:
 
 
 TURNS = 8
-WORDS = {"allowed_token_ids": list(range(60, 160))}
+WORDS = {"allowed_token_ids": list(range(60, 160)), "logprobs": None}
 """Of answers: no special tokens."""
 
 
@@ -217,8 +243,9 @@ def chat(llm: Any, first: Ask, evict: bool) -> list[tuple[int, list[int]]]:
     return turns
 
 
-@pytest.mark.parametrize("evict", [False, True], ids=["kept", "donors evicted"])
-@pytest.mark.parametrize("vlcache", [None, BLIND])
+@pytest.mark.parametrize(
+    ("vlcache", "evict"), [(None, False), (BLIND, True)], ids=["donors kept", "donors evicted"]
+)
 def test_a_chat_finds_as_much_cached_as_with_plain_vllm(
     engines: Callable[..., Engine], vlcache: dict[str, Any] | None, evict: bool
 ) -> None:
@@ -228,7 +255,7 @@ def test_a_chat_finds_as_much_cached_as_with_plain_vllm(
     cached.call(forget_everything)
     for donor in DONORS:
         cached.ask(donor)
-    first = replace(TARGET, max_tokens=40, vlcache=vlcache, sampling=WORDS)
+    first = replace(TARGET, max_tokens=33, vlcache=vlcache, sampling=WORDS)
     plain = engines(None, **settings)
     plain.call(forget_vllms_prefix_cache)
     plain_turns = plain.call(chat, first, False)
@@ -239,8 +266,7 @@ def test_a_chat_finds_as_much_cached_as_with_plain_vllm(
         assert hits >= plain_hits
     assert all(hits > last for (hits, _), (last, _) in zip(turns[2:], turns[1:], strict=False))
     # And all the while, an exact request is served nothing approximate.
-    _, prompt = turns[-1]
-    exact = replace(first, max_tokens=1, vlcache=OFF)
+    exact = replace(TARGET, vlcache=OFF)
     [expected] = plain.ask(exact)
     [actual] = cached.ask(exact)
     assert actual.tokens == expected.tokens
