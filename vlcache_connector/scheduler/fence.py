@@ -46,8 +46,6 @@ class PrefixFences:
         self._block_size = hash_block_size
         self._secret = os.urandom(_SECRET_BYTES)
         self._fences: dict[str, _Fence] = {}
-        self._policies: set[str] = set()
-        """Under which there ever were approximate blocks."""
 
     def raise_at(self, request: Request, first_approximate_token: int, policy: str) -> None:
         """Hide every block from the one that holds `first_approximate_token` on.
@@ -62,21 +60,10 @@ class PrefixFences:
             self.lift(request)
         key = self._key(policy)
         block = first_approximate_token // self._block_size
-        keyed = [key(exact) for exact in request.block_hashes[block:]]
-        self._raise(request, first_approximate_token, key, keyed)
-        self._policies.add(policy)
-
-    def _raise(
-        self,
-        request: Request,
-        first_token: int,
-        key: Callable[[BlockHash], BlockHash],
-        keyed: list[BlockHash],
-    ) -> None:
-        block, exact = first_token // self._block_size, list(request.block_hashes)
-        fence = _Fence(first_token, block, exact, request._block_hasher, key)
+        exact = list(request.block_hashes)
+        fence = _Fence(first_approximate_token, block, exact, request._block_hasher, key)
         self._fences[request.request_id] = fence
-        request.block_hashes[block:] = keyed
+        request.block_hashes[block:] = map(key, exact[block:])
         if fence.hasher is not None:
             request._block_hasher = fence.hash_new_blocks
 
@@ -87,8 +74,6 @@ class PrefixFences:
         Returns:
             Whether vLLM would find more blocks now than before.
         """
-        if policy not in self._policies or not request.block_hashes:
-            return False
         fence = self._fences.get(request.request_id)
         exact = request.block_hashes if fence is None else fence.exact
         last = request.num_tokens - 1  # vLLM computes at least one token
@@ -100,9 +85,8 @@ class PrefixFences:
         # Most requests find nothing, and one hash tells.
         if look_up([*exact[:block], key(exact[block])], last)[1] <= num_exact:
             return False
-        keyed = [key(each) for each in exact[block:]]
         self.lift(request)
-        self._raise(request, block * self._block_size, key, keyed)
+        self.raise_at(request, block * self._block_size, policy)
         return True
 
     def lift(self, request: Request, num_computed: int = 0) -> None:

@@ -27,6 +27,7 @@ from ..protocol import (
     ReusePlan,
     StepPlan,
     StepReport,
+    inside,
     of_runs,
 )
 from ..support import KVShape
@@ -305,10 +306,10 @@ class SchedulerSide:
     @staticmethod
     def _encoder_inputs(tracked: TrackedRequest, layout: Layout) -> dict[int, tuple[str, Any]]:
         """See `ReusePlan`."""
-        claim, features = layout.claim, tracked.request.mm_features
-        items = [item for item in tracked.items if item.span.clip(claim.start, claim.end)]
+        features = tracked.request.mm_features
         return {
-            item.index: (features[item.index].modality, features[item.index].data) for item in items
+            item.index: (features[item.index].modality, features[item.index].data)
+            for item in inside(tracked.items, layout.claim)
         }
 
     @staticmethod
