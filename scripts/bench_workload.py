@@ -1,21 +1,14 @@
 #!/usr/bin/env python
 """Run workloads with recurring images through `vllm bench serve`: VLCache and its alternatives.
 
-Workloads (no image occurs in two of them):
-
-- "window": users with turns. A prompt has the user's last images: with each turn one leaves, one is
-  new, and all others have moved.
-- "documents": questions about documents. A prompt has all pages of one, in another order each time.
-- "repeat R %": prompts in which R % of the images are known, from a pool shown before.
-
-Each prompt begins with a number of its own, so that prefix caching alone can't serve it, and no
-image is ever where it was before: it follows more or fewer images, or other text (`shifted`).
+Workloads are those of `workloads.py`. Each of `--rounds` puts all of them to all systems.
 
 Systems, each in a server of its own, which takes about 3 GiB: only some are alive at a time. They
 get each workload one after the other, from empty caches:
 
 - "plain": vLLM with its prefix cache and its encoder cache. It has its turn with every group of the
-  others. Their TTFT is compared to that one, and "plain-2" and so on are the control for agreement.
+  others, "plain-2" with the second one and so on, and they are compared to that turn. "again" is
+  its second turn in each round: the control, which tells how far to trust a ratio.
 - "ec": plus vLLM's own encoder-cache connector. It is `ECExampleConnector` (files), because
   `ECCPUConnector` needs Model Runner V2, and that needs Triton.
 - "lmcache": plus LMCache's connector, prefix caching in host memory. It is `LMCacheMPConnector`,
@@ -34,7 +27,9 @@ first. They are sent in this order (`--disable-shuffle`), each as soon as fewer 
 `--max-concurrency` are under way, with images as data URLs. Each run of the client is a process of
 its own, forked from one that has imported vLLM.
 
-TTFT and requests/s are the client's. Tokens are those of the servers' `/metrics`: "computed" are
+TTFT, inter-token latency and requests/s are the client's. Ratios are taken within rounds: the
+median TTFT of a kind of requests, and the mean of their inter-token latencies, in those of plain
+vLLM. Tokens are those of the servers' `/metrics`: "computed" are
 `vllm:prompt_tokens` less `vllm:prompt_tokens_cached`, everything that went through the language
 model to fill KV. Tokens that VLCache recomputes are not cached ones. "Agreement" is the share of
 answers (greedy) that are the very text of plain vLLM's. On random weights it tells how far reuse
@@ -47,33 +42,33 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import multiprocessing
 import os
-import random
 import signal
+import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import results
-from bench_ttft import BEHIND, IN_FRONT, TEXT_TOKENS
+from bench_ttft import TEXT_TOKENS
 from local_redis import LocalRedis, RedisError, find_server, free_port
 from options import add_model_options, add_output_options, model_of, model_problems
-from results import with_suffix, write_text
+from results import Spread, with_range, with_suffix, write_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from serving import (
     CELL_PX,
     ROOT,
     SERVER_ENV,
-    Part,
     ServerError,
     VLLMServer,
     chat,
@@ -83,27 +78,27 @@ from serving import (
     make_image,
     reset_caches,
     start_together,
-    text_part,
+)
+from workloads import (
+    SCALE_HELP,
+    WORKLOADS,
+    Prompt,
+    Scale,
+    Workload,
+    content,
+    make_workloads,
+    write_dataset,
 )
 
-SCHEMA = 1
+SCHEMA = 2
 DEFAULT_OUTPUT = ROOT / "configs" / "results" / "workload_cpu"
 PEERS = ("ec", "lmcache")
 VLCACHE = ("vlcache-cpu", "vlcache-device", "vlcache-disk", "vlcache-redis")
 SYSTEMS = ("plain", *PEERS, *VLCACHE)
-WORKLOADS = ("window", "documents", "repeat")
-SCALE_HELP = {
-    "users": "window: how many users",
-    "turns": "window: of each user",
-    "images": "window and repeat: images in a prompt",
-    "documents": "documents: how many",
-    "pages": "documents: pages of each, all of them in a prompt",
-    "questions": "documents: how many in all",
-    "requests": "repeat: prompts of each rate",
-}
+AGAIN = "again"
 PERCENTILES = (50, 95, 99)
-FILLER = "The bridge is closed. "
-BETWEEN, SEEDS_APART = ", ", 1_000_000
+MOST = 1.03
+"""Of plain vLLM's latency that anything may take."""
 ROOM = 1.3
 """Memory that images get, in what they need."""
 START_SECONDS = 900.0
@@ -111,137 +106,6 @@ START_SECONDS = 900.0
 
 class BenchError(RuntimeError):
     """What was measured is not what it should be."""
-
-
-# -- workloads ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is asked; `images` are those of a prompt, but for documents, which have `pages`."""
-
-    users: int = 2
-    turns: int = 4
-    images: int = 5
-    documents: int = 2
-    pages: int = 4
-    questions: int = 4
-    rates: tuple[int, ...] = (0, 25, 50, 80, 100)
-    requests: int = 4
-
-    @property
-    def most_images(self) -> int:
-        """Of a prompt."""
-        return max(self.images, self.pages)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt: seeds of its images in their order, and how much text is in front of them."""
-
-    images: tuple[int, ...]
-    fillers: int
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is asked, and what is shown before that and not measured."""
-
-    name: str
-    prompts: tuple[Prompt, ...]
-    primed: tuple[Prompt, ...] = ()
-    rate: int | None = None
-
-    @property
-    def repeated(self) -> float:
-        """Share of the measured prompts' images that were shown before."""
-        shown = {image for prompt in self.primed for image in prompt.images}
-        repeats = []
-        for prompt in self.prompts:
-            repeats += [image in shown for image in prompt.images]
-            shown.update(prompt.images)
-        return sum(repeats) / len(repeats)
-
-
-def shifted(orders: Iterable[Sequence[int]]) -> tuple[Prompt, ...]:
-    """Prompts in which each image is at a place where it never was in those before."""
-    seen: set[tuple[int, int, int]] = set()
-    prompts = []
-    for number, images in enumerate(orders):
-        for fillers in itertools.count(number % 3):
-            places = {(image, slot, fillers) for slot, image in enumerate(images)}
-            if not places & seen:
-                break
-        seen |= places
-        prompts.append(Prompt(tuple(images), fillers))
-    return tuple(prompts)
-
-
-def make_workloads(scale: Scale) -> list[Workload]:
-    """All workloads, the same for the same scale."""
-    seeds = itertools.count(SEEDS_APART, SEEDS_APART)
-    first = next(seeds)
-    windows = [
-        [first + user * (scale.images + scale.turns) + turn + slot for slot in range(scale.images)]
-        for turn in range(scale.turns)
-        for user in range(scale.users)
-    ]
-    first = next(seeds)
-    questions = []
-    for number in range(scale.questions):
-        start = first + number % scale.documents * scale.pages
-        pages = list(range(start, start + scale.pages))
-        questions.append(random.Random(number).sample(pages, len(pages)))
-    workloads = [
-        Workload("window", shifted(windows)),
-        Workload("documents", shifted(questions)),
-    ]
-    return workloads + [_repeats(rate, scale, next(seeds)) for rate in scale.rates]
-
-
-def _repeats(rate: int, scale: Scale, first: int) -> Workload:
-    """Prompts with known images, evenly spread; the pool has those of two prompts."""
-    size = scale.images
-    known = [[first + 2 * i + half for i in range(size)] for half in (0, 1)]
-    pool = itertools.cycle(known[0] + known[1])
-    new = itertools.count(first + 2 * size)
-    slots = scale.requests * size
-    repeats = round(rate * slots / 100)
-    orders = []
-    for number in range(scale.requests):
-        images = []
-        for slot in range(number * size, (number + 1) * size):
-            is_known = (slot + 1) * repeats // slots > slot * repeats // slots
-            images.append(next(pool) if is_known else next(new))
-        random.Random(f"{rate} {number}").shuffle(images)
-        orders.append(images)
-    primed, prompts = (p := shifted([*known, *orders]))[: len(known)], p[len(known) :]
-    return Workload(f"repeat {rate} %", prompts, primed, rate)
-
-
-def content(prompt: Prompt, number: int, show: Callable[[int], Part]) -> list[Part]:
-    """A prompt as content of a chat; `show` makes that of an image."""
-    front = f"Request {number:06}. {FILLER * prompt.fillers}{IN_FRONT}"
-    parts = [text_part(front)]
-    for slot, image in enumerate(prompt.images):
-        parts += [text_part(BETWEEN)] * (slot > 0) + [show(image)]
-    return [*parts, text_part(BEHIND)]
-
-
-def write_dataset(workload: Workload, folder: Path, image_px: int) -> Path:
-    """Write images, and a JSONL file for `--dataset-name custom_image`; returns its path."""
-
-    def show(seed: int) -> Part:
-        path = folder / f"{seed}.png"
-        if not path.exists():
-            make_image(seed, image_px).save(path)
-        return {"type": "image", "image": str(path)}
-
-    first = len(workload.primed)
-    rows = [{"content": content(p, i, show)} for i, p in enumerate(workload.prompts, first)]
-    path = folder / f"{workload.name.replace(' ', '_').replace('%', 'percent')}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 # -- systems ------------------------------------------------------------------------------------
@@ -256,17 +120,19 @@ def make_servers(
 ) -> dict[str, VLLMServer]:
     """One server for each system, alike but for its connector; none is started."""
     image_tokens = (args.image_px // CELL_PX) ** 2
-    tokens = args.scale.most_images * image_tokens + TEXT_TOKENS
+    tokens = TEXT_TOKENS + max(w.most_images * image_tokens + w.most_text_tokens for w in workloads)
     tokens = -(-max(tokens, 2048) // 1024) * 1024
+    most_images = max(workload.most_images for workload in workloads)
+    at_once = max(workload.at_once or args.concurrency for workload in workloads)
     shared = [
         *("--dtype", args.dtype, "--max-model-len", str(tokens)),
         *("--max-num-batched-tokens", str(2 * tokens)),
-        *("--max-num-seqs", str(max(4, args.concurrency))),
-        *("--limit-mm-per-prompt", json.dumps({"image": args.scale.most_images, "video": 0})),
+        *("--max-num-seqs", str(max(4, at_once))),
+        *("--limit-mm-per-prompt", json.dumps({"image": most_images, "video": 0})),
         *("--skip-mm-profiling", "--enable-prefix-caching", "--enforce-eager"),
     ]
-    under_way = args.scale.most_images * args.concurrency
-    in_all = max(map(_count_images, workloads))
+    under_way = max(w.most_images * (w.at_once or args.concurrency) for w in workloads)
+    in_all = max(under_way, *(w.num_images if w.room is None else w.room for w in workloads))
     kv, rows = (ROOM * image_tokens * n for n in _bytes_per_token(model, args.dtype))
     connector: dict[str, Any] = {"break_even": False} if args.always_reuse else {}
     ample = connector | {"cpu_bytes": int(in_all * kv), "encoder_cpu_bytes": int(in_all * rows)}
@@ -320,11 +186,6 @@ def make_servers(
         )
         for name in args.systems
     }
-
-
-def _count_images(workload: Workload) -> int:
-    prompts = workload.primed + workload.prompts
-    return len({image for prompt in prompts for image in prompt.images})
 
 
 def _bytes_per_token(model: Path, dtype: str) -> tuple[int, int]:
@@ -383,23 +244,25 @@ class Client:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
 
-    def arguments(self, server: VLLMServer, dataset: Path, prompts: int) -> list[str]:
+    def arguments(self, server: VLLMServer, dataset: Path, workload: Workload) -> list[str]:
         """Of `vllm`."""
+        output_tokens = workload.output_tokens or self._output_tokens
+        at_once = workload.at_once or self._concurrency
         return [
             *("bench", "serve", "--backend", "openai-chat", "--base-url", server.base_url),
             *("--endpoint", "/v1/chat/completions", "--model", str(self._model)),
             *("--served-model-name", server.model, "--dataset-name", "custom_image"),
-            *("--dataset-path", str(dataset), "--num-prompts", str(prompts)),
+            *("--dataset-path", str(dataset), "--num-prompts", str(len(workload.prompts))),
             *("--disable-shuffle", "--no-oversample", "--custom-ensure-client-side-data"),
-            *("--custom-output-len", str(self._output_tokens), "--temperature", "0"),
-            *("--max-concurrency", str(self._concurrency), "--disable-tqdm"),
+            *("--custom-output-len", str(output_tokens), "--temperature", "0"),
+            *("--ignore-eos", "--max-concurrency", str(at_once), "--disable-tqdm"),
             *("--percentile-metrics", "ttft"),
             *("--metric-percentiles", ",".join(map(str, PERCENTILES))),
             *("--save-result", "--save-detailed", "--result-dir", str(dataset.parent)),
             *("--result-filename", "result.json"),
         ]
 
-    def run(self, server: VLLMServer, dataset: Path, prompts: int) -> dict[str, Any]:
+    def run(self, server: VLLMServer, dataset: Path, workload: Workload) -> dict[str, Any]:
         """Send a dataset; returns what the client wrote.
 
         Raises:
@@ -407,7 +270,7 @@ class Client:
         """
         result = dataset.parent / "result.json"
         result.unlink(missing_ok=True)
-        arguments = self.arguments(server, dataset, prompts)
+        arguments = self.arguments(server, dataset, workload)
         process = self._context.Process(target=_vllm, args=(arguments, str(self._log)), daemon=True)
         process.start()
         process.join()
@@ -415,9 +278,10 @@ class Client:
             server.raise_if_dead()
             raise BenchError(f"vllm bench serve ended with {process.exitcode}, see {self._log}")
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        if found["completed"] != prompts:
+        failed = len(workload.prompts) - found["completed"]
+        if failed:
             errors = [error for error in found["errors"] if error]
-            raise BenchError(f"{prompts - found['completed']} requests failed: {errors[:1]}")
+            raise BenchError(f"{failed} requests failed: {errors[:1]}")
         return found
 
 
@@ -435,20 +299,20 @@ def measure(
         parts = content(prompt, number, lambda seed: image_part(make_image(seed, image_px)))
         chat(http, server, parts, max_tokens=1)
     before = counters(http, server)
-    found = client.run(server, dataset, len(workload.prompts))
+    found = client.run(server, dataset, workload)
     used = counters(http, server) - before
     prompt_tokens = used["vllm:prompt_tokens_total"]
     return {
         "requests": found["completed"],
         "seconds": found["duration"],
         "requests_per_second": found["request_throughput"],
-        "ttft": {f"p{p}": found[f"p{p}_ttft_ms"] / 1e3 for p in PERCENTILES},
         "prompt_tokens": prompt_tokens,
         "computed_tokens": prompt_tokens - used["vllm:prompt_tokens_cached_total"],
         "sparse_prefill_tokens": used["vllm:vlcache_sparse_prefill_tokens_total"],
         "reused_tokens": _labelled(used, "vllm:vlcache_reused_tokens_total"),
         "lookups": _labelled(used, "vllm:vlcache_lookups_total"),
         "ttfts": found["ttfts"],
+        "itls": found["itls"],
         "texts": found["generated_texts"],
     }
 
@@ -462,10 +326,93 @@ def _labelled(counts: Mapping[str, float], name: str) -> dict[str, float]:
 # -- what the measurements say ------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Cell:
+    """Requests of one kind on one system beside plain vLLM.
+
+    Attributes:
+        requests: in each round.
+        plain: of plain vLLM, over all rounds: the median TTFT, in seconds.
+        ttft: ratio of the median TTFTs, by rounds.
+        plain_itl: of plain vLLM, over all rounds: the mean inter-token latency, in seconds; None:
+            answers have one token.
+        itl: ratio of the mean inter-token latencies, by rounds.
+    """
+
+    workload: str
+    kind: str
+    system: str
+    requests: int
+    plain: float
+    ttft: Spread
+    plain_itl: float | None
+    itl: Spread | None
+
+    @property
+    def verdict(self) -> str:
+        """What rounds agree upon."""
+        spreads = [spread for spread in (self.ttft, self.itl) if spread is not None]
+        if any(spread.low > MOST for spread in spreads):
+            return f"**above {MOST}**"
+        if any(spread.median > MOST for spread in spreads):
+            return f"above {MOST} in some rounds"
+        return f"at most {MOST}"
+
+
+def cells_of(document: Mapping[str, Any]) -> list[Cell]:
+    """By workload, kind and system."""
+    runs = {(run["workload"], run["system"], run["round"]): run for run in document["runs"]}
+    cells = []
+    for workload in document["workloads"]:
+        for kind in dict.fromkeys(workload["kinds"]):
+            for system in _systems(document["runs"]):
+                pairs = [
+                    (run, runs[plain])
+                    for (name, mine, number), run in runs.items()
+                    if (name, mine) == (workload["name"], system) and run["plain"] != system
+                    if (plain := (name, run["plain"], number)) in runs
+                ]
+                if pairs:
+                    cells.append(_cell(workload, kind, system, pairs))
+    return cells
+
+
+def _cell(
+    workload: Mapping[str, Any],
+    kind: str,
+    system: str,
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+) -> Cell:
+    mine = [index for index, each in enumerate(workload["kinds"]) if each == kind]
+    gaps = workload["output_tokens"] - 1
+
+    def ttfts(run: Mapping[str, Any]) -> list[float]:
+        return [run["ttfts"][index] for index in mine]
+
+    def itl(run: Mapping[str, Any]) -> float:
+        # A token and the end of its answer come as one event or as two.
+        return statistics.fmean(sum(run["itls"][index]) / gaps for index in mine)
+
+    def ratio(of: Callable[[Mapping[str, Any]], float]) -> Spread:
+        return Spread.of([of(run) / of(plain) for run, plain in pairs])
+
+    return Cell(
+        workload["name"],
+        kind,
+        system,
+        len(mine),
+        statistics.median(ttft for _, plain in pairs for ttft in ttfts(plain)),
+        ratio(lambda run: statistics.median(ttfts(run))),
+        statistics.fmean(itl(plain) for _, plain in pairs) if gaps else None,
+        ratio(itl) if gaps else None,
+    )
+
+
 def agreement(runs: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> float | None:
     """Share of a run's answers that are plain vLLM's; None where that is not known."""
+    wanted = (run["workload"], "plain", run["round"])
     for other in runs:
-        if (other["workload"], other["system"]) == (run["workload"], "plain"):
+        if (other["workload"], other["system"], other["round"]) == wanted:
             pairs = list(zip(run["texts"], other["texts"], strict=True))
             return sum(mine == theirs for mine, theirs in pairs) / len(pairs)
     return None
@@ -481,7 +428,7 @@ def make_markdown(document: Mapping[str, Any]) -> str:
         "",
         f"- Model: {settings['model']}, {settings['dtype']}; images of {settings['image_px']} px, "
         f"{settings['image_tokens']} tokens each; {settings['output_tokens']} output tokens; "
-        f"{settings['concurrency']} request(s) at a time",
+        f"{settings['concurrency']} request(s) at a time; {settings['rounds']} round(s)",
         f"- Scale: {', '.join(f'{k} {v}' for k, v in settings['scale'].items())}",
         f"- Machine: {machine['cpu']}, {machine['cores']} cores; other programs and "
         f"the client kept {_mean(document['other_load']):.1f} of them busy",
@@ -491,98 +438,135 @@ def make_markdown(document: Mapping[str, Any]) -> str:
         f"- Command: `{document['command']}`; client: `{document['client']}`",
         *(f"- Not run: {name}: {reason}" for name, reason in document["not_run"].items()),
         "",
-        "TTFT in seconds, by the client; of few requests p99 is the slowest one. Speed-up: p50 of "
-        "plain vLLM beside the system, the nearest above it, over that of the system. "
+        "## Beside plain vLLM",
+        "",
+        "Ratios to plain vLLM in the same round: median (range) over the rounds, of the median "
+        "TTFT and the mean inter-token latency (ITL). `again` is plain vLLM's second turn: what "
+        "noise alone makes.",
+        "",
+        "| Workload | Requests | System | TTFT, plain (s) | TTFT / plain | ITL, plain (ms) "
+        "| ITL / plain | Verdict |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
+        *(f"| {' | '.join(_ratios(cell))} |" for cell in cells_of(document)),
+        "",
+        "## All figures",
+        "",
+        "Over all rounds. TTFT in seconds, by the client; of few requests p99 is the slowest one. "
         "Computed: tokens of all prompts that went through the language model, those that "
-        "VLCache recomputed included. Agreement: answers that are the very text of plain vLLM's; "
-        "plain-2 and so on are the control. Known: shown before.",
+        "VLCache recomputed included. Agreement: answers that are the very text of plain vLLM's "
+        "in the same round. Known: shown before.",
     ]
     for workload in document["workloads"]:
-        mine = [run for run in runs if run["workload"] == workload["name"]]
-        mine.sort(key=lambda run: systems.index(run["system"]))
         lines += [
             "",
-            f"## {workload['name'][0].upper()}{workload['name'][1:]}: {workload['requests']} "
-            f"requests, {workload['repeated']:.0%} of the images known",
+            f"### {workload['name'][0].upper()}{workload['name'][1:]}: "
+            f"{len(workload['kinds'])} requests, {workload['repeated']:.0%} of the images known",
             "",
-            "| System | p50 | p95 | p99 | Speed-up | Requests/s | Computed | Reused from "
-            "| Agreement |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-            *(f"| {' | '.join(_row(runs, run))} |" for run in mine),
+            "| System | p50 | p95 | p99 | Requests/s | Computed | Reused from | Agreement |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
         ]
+        for system in systems:
+            mine = [r for r in runs if (r["workload"], r["system"]) == (workload["name"], system)]
+            if mine:
+                lines.append(f"| {' | '.join(_row(runs, system, mine))} |")
     return "\n".join(lines) + "\n"
 
 
 def _systems(runs: Iterable[Mapping[str, Any]]) -> list[str]:
     """In the order of their groups, plain vLLM first in each."""
     plain = {run["system"]: run["plain"] for run in runs}
-    return sorted(plain, key=lambda name: (plain[name], [plain[name], *SYSTEMS].index(name)))
+    order = [*SYSTEMS, AGAIN]
+    return sorted(plain, key=lambda name: (plain[name], [plain[name], *order].index(name)))
 
 
 def _mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / max(1, len(numbers))
 
 
-def _row(runs: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> list[str]:
-    reused, agreed = run["reused_tokens"], agreement(runs, run)
-    computed = run["computed_tokens"]
-    [plain] = [r for r in runs if (r["workload"], r["system"]) == (run["workload"], run["plain"])]
+def _ratios(cell: Cell) -> list[str]:
     return [
-        run["system"],
-        *(f"{run['ttft'][f'p{p}']:.2f}" for p in PERCENTILES),
-        f"{plain['ttft']['p50'] / run['ttft']['p50']:.1f}",
-        f"{run['requests_per_second']:.2f}",
-        f"{computed:.0f} ({computed / run['prompt_tokens']:.0%})",
-        ", ".join(f"{tier} {n / sum(reused.values()):.0%}" for tier, n in reused.items()) or "-",
-        "-" if agreed is None or run["system"] == "plain" else f"{agreed:.0%}",
+        cell.workload,
+        f"{cell.requests} {cell.kind}".strip(),
+        cell.system,
+        f"{cell.plain:.3f}",
+        with_range(cell.ttft, ".3f"),
+        "-" if cell.plain_itl is None else f"{1000 * cell.plain_itl:.1f}",
+        "-" if cell.itl is None else with_range(cell.itl, ".3f"),
+        cell.verdict,
+    ]
+
+
+def _row(
+    runs: Sequence[Mapping[str, Any]], system: str, mine: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    ttfts = [ttft for run in mine for ttft in run["ttfts"]]
+    agreed = [share for run in mine if (share := agreement(runs, run)) is not None]
+    computed, prompt = (
+        sum(run[key] for run in mine) for key in ("computed_tokens", "prompt_tokens")
+    )
+    reused: Counter[str] = Counter()
+    for run in mine:
+        reused.update(run["reused_tokens"])
+    requests, seconds = (sum(run[key] for run in mine) for key in ("requests", "seconds"))
+    return [
+        system,
+        *(f"{np.percentile(ttfts, p):.2f}" for p in PERCENTILES),
+        f"{requests / seconds:.2f}",
+        f"{computed:.0f} ({computed / prompt:.0%})",
+        ", ".join(f"{tier} {n / reused.total():.0%}" for tier, n in reused.items()) or "-",
+        f"{_mean(agreed):.0%}" if agreed and system != "plain" else "-",
     ]
 
 
 def plot(document: Mapping[str, Any], path: Path) -> None:
-    """Draw TTFT by workload and system, and requests/s over the repeat rate."""
+    """Draw ratios to plain vLLM by workload and system."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = document["runs"]
-    systems = _systems(runs)
-    names = [w["name"] for w in document["workloads"]]
-    rates = {w["name"]: w["rate"] for w in document["workloads"] if w["rate"] is not None}
+    cells = cells_of(document)
+    systems = list(dict.fromkeys(cell.system for cell in cells))
+    rows = list(dict.fromkeys((cell.workload, cell.kind) for cell in cells))
     viridis = plt.get_cmap("viridis")
     colours: dict[str, Any] = {name: viridis(0.25 + 0.2 * i) for i, name in enumerate(VLCACHE)}
-    colours |= {"plain": "black", "ec": "tab:orange", "lmcache": "tab:red"}
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(15, 5), layout="constrained", width_ratios=(2, 1)
+    colours |= {AGAIN: "black", "ec": "tab:orange", "lmcache": "tab:red"}
+    figure, panels = plt.subplots(
+        1,
+        2,
+        figsize=(13, 2 + 0.12 * len(rows) * (1 + len(systems))),
+        layout="constrained",
+        sharey=True,
     )
-    width = 0.8 / len(systems)
-    for index, system in enumerate(systems):
-        mine = [run for run in runs if run["system"] == system]
-        x = [
-            names.index(run["workload"]) + (index - (len(systems) - 1) / 2) * width for run in mine
-        ]
-        p50, p95 = ([run["ttft"][p] for run in mine] for p in ("p50", "p95"))
-        left.bar(x, p50, 0.9 * width, color=colours.get(system, "grey"), label=system)
-        left.vlines(x, p50, p95, color=colours.get(system, "grey"), linewidth=1.5)
-        by_rate = sorted(
-            (rates[run["workload"]], run["requests_per_second"])
-            for run in mine
-            if run["workload"] in rates
-        )
-        style = {"linestyle": "--", "marker": "x"} if system not in SYSTEMS else {"marker": "o"}
-        right.plot(
-            *zip(*by_rate, strict=True), color=colours.get(system, "grey"), label=system, **style
-        )
-    left.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names])
-    left.set_ylabel("time to the first token (s): p50, line up to p95")
-    right.set_xlabel("images shown before (%)")
-    right.set_ylabel("requests per second")
-    for axes in (left, right):
-        axes.set_ylim(bottom=0)
+    for axes, title, spread_of in (
+        (panels[0], "TTFT", lambda cell: cell.ttft),
+        (panels[1], "mean inter-token latency", lambda cell: cell.itl),
+    ):
+        for index, system in enumerate(systems):
+            mine = [cell for cell in cells if cell.system == system and spread_of(cell) is not None]
+            y = [
+                rows.index((cell.workload, cell.kind))
+                + (index - (len(systems) - 1) / 2) * 0.8 / len(systems)
+                for cell in mine
+            ]
+            spreads = [spread_of(cell) for cell in mine]
+            colour = colours.get(system, "grey")
+            axes.hlines(y, [s.low for s in spreads], [s.high for s in spreads], color=colour)
+            axes.plot([s.median for s in spreads], y, "o", color=colour, label=system)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.axvline(MOST, color="black", linewidth=0.8, linestyle=":")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="x", which="minor", labelsize=7)
+        axes.set_xlabel(f"{title} in that of plain vLLM (dotted: {MOST})")
         axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=9, ncols=2)
+    panels[0].set_yticks(
+        range(len(rows)), [f"{name}: {kind}" if kind else name for name, kind in rows]
+    )
+    panels[0].invert_yaxis()
+    panels[0].legend(frameon=False, fontsize=9)
     machine, settings = document["machine"], document["settings"]
     figure.suptitle(
         f"vllm bench serve, images of {settings['image_px']} px, "
@@ -612,11 +596,17 @@ def run(console: Console, args: argparse.Namespace) -> None:
             "image_tokens": (args.image_px // CELL_PX) ** 2,
             "output_tokens": args.output_tokens,
             "concurrency": args.concurrency,
+            "rounds": args.rounds,
             "scale": asdict(args.scale),
         },
         "not_run": {},
         "workloads": [
-            {"name": w.name, "requests": len(w.prompts), "repeated": w.repeated, "rate": w.rate}
+            {
+                "name": w.name,
+                "kinds": [prompt.kind for prompt in w.prompts],
+                "output_tokens": w.output_tokens or args.output_tokens,
+                "repeated": w.repeated,
+            }
             for w in workloads
         ],
         "servers": {},
@@ -642,8 +632,8 @@ def run(console: Console, args: argparse.Namespace) -> None:
                 transient=True,
             )
         )
-        turns = [(plain, *names) for plain, names in _groups(servers, args.together).items()]
-        task = progress.add_task("", total=len(workloads) * sum(map(len, turns)))
+        turns = sum(len(_turns(*group)) for group in _groups(servers, args.together).items())
+        task = progress.add_task("", total=args.rounds * len(workloads) * turns)
 
         def show(what: str, done: int = 0) -> None:
             progress.update(task, description=what, advance=done)
@@ -667,14 +657,15 @@ def measure_all(
     log = args.cache_dir / "logs" / "workload-client.log"
     client = Client(model, log, args.output_tokens, args.concurrency)
     datasets = [write_dataset(workload, folder, args.image_px) for workload in workloads]
-    images = args.scale.most_images
+    images = max(workload.most_images for workload in workloads)
     with contextlib.ExitStack() as stack:
         http = stack.enter_context(make_client(timeout=1800.0))
         show("starting plain")
         for error in stack.enter_context(start_together({"plain": servers["plain"]})).values():
             raise error
         check_cache(http, servers["plain"], "plain", images, args.image_px)
-        arguments = client.arguments(servers["plain"], Path("WORKLOAD.jsonl"), 0)
+        anything = Workload("", ())
+        arguments = client.arguments(servers["plain"], Path("WORKLOAD.jsonl"), anything)
         document["client"] = results.command_line(["vllm", *arguments])
         for plain, names in _groups(servers, args.together).items():
             show(f"starting {', '.join(names)}")
@@ -691,31 +682,39 @@ def measure_all(
                             raise
                         document["not_run"][name] = str(error).strip().splitlines()[-1]
                         del here[name]
-                here[plain] = servers["plain"]
+                turns = {name: here.get(name, servers["plain"]) for name in _turns(plain, here)}
                 document["servers"] |= {
-                    name: results.command_line(server.command(0)) for name, server in here.items()
+                    name: results.command_line(server.command(0)) for name, server in turns.items()
                 }
-                groups = [server.process_group for server in here.values()]
-                for index, (workload, dataset) in enumerate(zip(workloads, datasets, strict=True)):
-                    before, started = results.CpuTimes.now(groups), time.monotonic()
-                    turns = list(here)
-                    first = index % len(turns)  # nobody is always the first one
-                    for name in turns[first:] + turns[:first]:
-                        show(f"{workload.name}, {name}")
-                        found = measure(http, client, here[name], workload, dataset, args.image_px)
-                        about = {"workload": workload.name, "system": name, "plain": plain}
-                        document["runs"].append(about | found)
-                        save(document, args.output)
-                        show(f"{workload.name}, {name}", 1)
-                    used = results.CpuTimes.now(groups).other - before.other
-                    document["other_load"].append(used / (time.monotonic() - started))
+                groups = [server.process_group for server in {*turns.values()}]
+                for number in range(args.rounds):
+                    for index, (workload, dataset) in enumerate(
+                        zip(workloads, datasets, strict=True), number
+                    ):
+                        before, started = results.CpuTimes.now(groups), time.monotonic()
+                        first = index % len(turns)  # nobody is always the first one
+                        names = list(turns)
+                        for name in names[first:] + names[:first]:
+                            show(f"round {number + 1}, {workload.name}, {name}")
+                            server = turns[name]
+                            found = measure(http, client, server, workload, dataset, args.image_px)
+                            about = {"workload": workload.name, "system": name, "plain": plain}
+                            document["runs"].append(about | {"round": number} | found)
+                            save(document, args.output)
+                            show(f"round {number + 1}, {workload.name}, {name}", 1)
+                        used = results.CpuTimes.now(groups).other - before.other
+                        document["other_load"].append(used / (time.monotonic() - started))
+
+
+def _turns(plain: str, names: Iterable[str]) -> list[str]:
+    """Of one group in each round; plain vLLM has a second one in the first group."""
+    return [plain, *names] + [AGAIN] * (plain == _plain(0))
 
 
 def _groups(servers: Iterable[str], size: int) -> dict[str, list[str]]:
     """Systems that are alive at the same time, by the name of plain vLLM's turn with them."""
     others = [name for name in servers if name != "plain"]
     groups = [others[start : start + size] for start in range(0, len(others), size)]
-    groups += [[]] * (len(groups) == 1)  # the control
     return {_plain(number): names for number, names in enumerate(groups)}
 
 
@@ -772,7 +771,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     scale = Scale()
     for name, text in SCALE_HELP.items():
         default = getattr(scale, name)
-        what.add_argument(f"--{name}", type=int, default=default, help=f"{text} (%(default)s)")
+        what.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=default, help=f"{text} (%(default)s)"
+        )
     what.add_argument(
         "--rates",
         type=int,
@@ -787,7 +788,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--concurrency",
         type=int,
         default=1,
-        help="most requests at a time (%(default)s: on few cores, more would only queue)",
+        help="most requests at a time, where a workload has no number of its own (%(default)s: on "
+        "few cores, more would only queue)",
+    )
+    what.add_argument(
+        "--rounds", type=int, default=3, help="how often all is measured (%(default)s)"
     )
     served = parser.add_argument_group("what is served")
     add_model_options(served)
@@ -814,7 +819,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
-    for name in (*SCALE_HELP, "output_tokens", "concurrency", "together"):
+    for name in (*SCALE_HELP, "output_tokens", "concurrency", "rounds", "together"):
         least = 2 if name == "images" else 1
         if getattr(args, name) < least:
             flag = name.replace("_", "-")

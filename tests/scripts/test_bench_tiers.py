@@ -210,8 +210,12 @@ def test_reduced_run(tmp_path: Path) -> None:
     if with_redis:
         # Twenty times slower than computing, over the same Redis.
         slow = [cell for cell in gate if " at " in cell.source]
-        assert {cell.verdict for cell in slow} == {"right"}
+        assert slow
         assert not any(cell.gate_loads for cell in slow)
+        for cell in slow:
+            assert cell.read is not None
+            assert cell.estimated_compute is not None
+            assert cell.read > 2 * cell.estimated_compute
     assert "## Break-even" in output.with_name("tiers.md").read_text()
     with Image.open(output.with_name("tiers.png")) as picture:
         assert picture.format == "PNG"
