@@ -4,7 +4,7 @@
 From the last byte of the request's body, sent after the server has read all others, to the moment
 at which the engine's scheduler has planned the first step that computes it: reading the JSON,
 base64, decoding, vLLM's processor, its hashes and caches, the way to the engine, and looking for
-stored KV. Three servers take turns, on the same bytes:
+stored KV. Servers take turns, on the same bytes:
 
 - plain: vLLM without VLCache
 - off: VLCache with `lazy_decoding: false`
@@ -126,7 +126,7 @@ class Cell:
 
     Attributes:
         seconds: to the first step, by system.
-        on, off: the systems' seconds in those of plain vLLM in the same round.
+        ratios: a system's seconds in those of plain vLLM in the same round.
     """
 
     picture: str
@@ -135,8 +135,7 @@ class Cell:
     is_known: bool
     file_bytes: int
     seconds: dict[str, Spread]
-    on: Spread
-    off: Spread
+    ratios: dict[str, Spread]
 
 
 def picture(kind: str, width: int, height: int) -> Image.Image:
@@ -228,22 +227,22 @@ class Asker:
 
 
 @contextlib.contextmanager
-def askers(folder: Path, model: Path) -> Iterator[dict[str, Asker]]:
+def askers(folder: Path, model: Path, systems: Sequence[str]) -> Iterator[dict[str, Asker]]:
     """One server per system, as long as the block lasts.
 
     Raises:
         ServerError: one could not be started.
     """
-    steps = {name: folder / f"{name}.steps" for name in SYSTEMS}
+    steps = {name: folder / f"{name}.steps" for name in systems}
     servers = {
         name: VLLMServer(
             model,
-            connector=None if options is None else {**MEMORY, **options},
+            connector=None if (options := SYSTEMS[name]) is None else {**MEMORY, **options},
             extra_args=SERVER_ARGS,
             log_path=folder / f"{name}.log",
             env=SERVER_ENV | {PATH_VARIABLE: str(steps[name])},
         )
-        for name, options in SYSTEMS.items()
+        for name in systems
     }
     with start_together(servers) as failed:
         for error in failed.values():
@@ -301,6 +300,7 @@ def lookups(sizes: Sequence[str], repetitions: int) -> Iterator[Lookup]:
 def cells_of(samples: Sequence[Sample]) -> list[Cell]:
     """What tables show: ratios are taken within rounds."""
     found = []
+    systems = [name for name in SYSTEMS if any(sample.system == name for sample in samples)]
     kinds = dict.fromkeys((s.picture, s.size, s.image_format, s.is_known) for s in samples)
     for kind in kinds:
         rounds: dict[int, dict[str, float]] = {}
@@ -308,20 +308,21 @@ def cells_of(samples: Sequence[Sample]) -> list[Cell]:
             if (sample.picture, sample.size, sample.image_format, sample.is_known) == kind:
                 rounds.setdefault(sample.repetition, {})[sample.system] = sample.to_first_step
                 file_bytes = sample.file_bytes
-        whole = [times for times in rounds.values() if times.keys() == SYSTEMS.keys()]
+        whole = [times for times in rounds.values() if len(times) == len(systems)]
         if whole:
-            seconds = {name: Spread.of([times[name] for times in whole]) for name in SYSTEMS}
-            on, off = (
-                Spread.of([times[name] / times["plain"] for times in whole])
-                for name in ("on", "off")
-            )
-            found.append(Cell(*kind, file_bytes, seconds, on, off))
+            seconds = {name: Spread.of([times[name] for times in whole]) for name in systems}
+            ratios = {
+                name: Spread.of([times[name] / times["plain"] for times in whole])
+                for name in systems
+                if name != "plain"
+            }
+            found.append(Cell(*kind, file_bytes, seconds, ratios))
     return found
 
 
 def markdown(document: Mapping[str, Any]) -> str:
     """The tables."""
-    samples = [Sample(**entry) for entry in document["samples"]]
+    cells = cells_of([Sample(**entry) for entry in document["samples"]])
     machine = document["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     lines = [
@@ -339,23 +340,18 @@ def markdown(document: Mapping[str, Any]) -> str:
         "the look-up of stored KV are in it, the model is not.",
     ]
     for is_known, title in ((True, "Known"), (False, "Unknown")):
-        lines += [
-            "",
-            f"## {title} images",
-            "",
-            "| picture | size | file | plain | off | on | off / plain | on / plain |",
-            "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for cell in cells_of(samples):
+        lines += ["", f"## {title} images", ""]
+        if cells:
+            columns = [*cells[0].seconds, *(f"{name} / plain" for name in cells[0].ratios)]
+            lines.append(f"| picture | size | file | {' | '.join(columns)} |")
+            lines.append(f"| --- | --- | --- |{' ---: |' * len(columns)}")
+        for cell in cells:
             if cell.is_known == is_known:
                 ms = [
-                    with_range(
-                        Spread(*(1000 * value for value in vars(cell.seconds[name]).values())),
-                        ".1f",
-                    )
-                    for name in SYSTEMS
+                    with_range(Spread(*(1000 * value for value in vars(seconds).values())), ".1f")
+                    for seconds in cell.seconds.values()
                 ]
-                ratios = [with_range(ratio, ".2f") for ratio in (cell.off, cell.on)]
+                ratios = [with_range(ratio, ".2f") for ratio in cell.ratios.values()]
                 file = f"{cell.image_format}, {cell.file_bytes / 1e6:.2f} MB"
                 lines.append(f"| {' | '.join((cell.picture, cell.size, file, *ms, *ratios))} |")
     lines += [
@@ -394,7 +390,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     try:
         with (
             tempfile.TemporaryDirectory(dir=args.cache_dir, prefix="media-") as folder,
-            askers(Path(folder), model) as asking,
+            askers(Path(folder), model, args.systems) as asking,
         ):
             for sample in measure(asking, args.sizes, args.repetitions):
                 document["samples"].append(asdict(sample))
@@ -411,12 +407,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
+    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="(all)")
     add("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of the images (all)")
     add("--repetitions", type=int, default=9, help="of each request (%(default)s)")
     add("--output", type=Path, default=ROOT / "configs" / "results" / "media", metavar="PREFIX")
     add("--cache-dir", type=Path, default=ROOT / ".cache", metavar="DIR")
     args = parser.parse_args(arguments)
     args.argv = list(arguments)
+    if "plain" not in args.systems:
+        parser.error(f"--systems {' '.join(args.systems)}: plain must be among them")
     if args.repetitions < 1:
         parser.error("--repetitions must be above 0")
     args.cache_dir.mkdir(parents=True, exist_ok=True)

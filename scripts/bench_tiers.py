@@ -314,14 +314,6 @@ class Engine:
     def __init__(
         self, model: str, connector: Mapping[str, Any], links: Mapping[str, str], **arguments: Any
     ) -> None:
-        os.environ.update(
-            SERVER_ENV,
-            VLLM_ENABLE_V1_MULTIPROCESSING="0",
-            VLLM_CPU_KVCACHE_SPACE="1",
-            VLLM_LOGGING_LEVEL="ERROR",
-            TORCHDYNAMO_DISABLE="1",
-            VLLM_CPU_OMP_THREADS_BIND=results.cores(),
-        )
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         from vlcache_connector.config import VLCacheConfig
@@ -440,11 +432,27 @@ def _call(method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     return getattr(_engine, method)(*args, **options)
 
 
+@functools.cache
+def _context() -> multiprocessing.context.BaseContext:
+    """Processes fork from one that has imported vLLM, with the environment that it has then."""
+    os.environ.update(
+        SERVER_ENV,
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+        TORCHDYNAMO_DISABLE="1",
+        VLLM_CPU_OMP_THREADS_BIND=results.cores(),
+    )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.core"])
+    return context
+
+
 class Node:
     """An `Engine` in a process of its own, as a context manager; see there for the arguments."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self._pool = ProcessPoolExecutor(1, _context())
         self._start = args, options
 
     def __enter__(self) -> Node:
@@ -880,7 +888,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
         show = stack.enter_context(console.status("")).update
         if "bandwidth" in args.parts:
             show("bandwidth")
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            with ProcessPoolExecutor(1, _context()) as pool:
                 url = redis.url if redis else None
                 arguments = (folder / "bandwidth", url, args.segments, args.runs)
                 document["bandwidth"] = pool.submit(measure_bandwidth, *arguments).result()

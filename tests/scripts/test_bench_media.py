@@ -29,12 +29,12 @@ def test_ratios_are_taken_within_rounds() -> None:
         *_samples(0, is_known=False, plain=300, off=300, on=300),
     ]
     known, unknown = bench.cells_of(samples)
-    assert known.on.median == pytest.approx(0.15)
-    assert (known.on.low, known.on.high) == pytest.approx((0.1, 0.2))
-    assert known.off.median == pytest.approx(1.05)
+    on = known.ratios["on"]
+    assert (on.median, on.low, on.high) == pytest.approx((0.15, 0.1, 0.2))
+    assert known.ratios["off"].median == pytest.approx(1.05)
     assert known.seconds["plain"].median == pytest.approx(0.15)
     assert (known.is_known, unknown.is_known) == (True, False)
-    assert unknown.on.median == 1
+    assert unknown.ratios["on"].median == 1
 
 
 @pytest.mark.parametrize("image_format", bench.FORMATS)
@@ -46,15 +46,20 @@ def test_bytes_behind_the_end_are_no_part_of_the_picture(image_format: str) -> N
 
 
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        bench.main(["--repetitions", "0"])
-    assert "--repetitions must be above 0" in capsys.readouterr().err
+    for arguments, message in (
+        (["--repetitions", "0"], "--repetitions must be above 0"),
+        (["--systems", "on"], "--systems on: plain must be among them"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            bench.main(arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_reduced_run(tmp_path: Path) -> None:
     output = tmp_path / "results" / "media"
     command = [
         *(sys.executable, str(SCRIPT), "--sizes", "448 px", "--repetitions", "1"),
+        *("--systems", "plain", "on"),
         *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
     ]
     process = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
@@ -63,13 +68,14 @@ def test_reduced_run(tmp_path: Path) -> None:
     assert document["complete"] is True
     samples = [bench.Sample(**entry) for entry in document["samples"]]
     kinds = len(bench.PICTURES) * len(bench.FORMATS) * 2
-    assert len(samples) == kinds * len(bench.SYSTEMS)
+    assert len(samples) == kinds * 2
     assert len(bench.cells_of(samples)) == kinds
     assert all(0 < sample.to_first_step < sample.to_answer for sample in samples)
     assert len(document["lookups"]) == kinds / 2
     assert all(0 < entry["lookup"] < entry["decode"] for entry in document["lookups"])
     page = output.with_suffix(".md").read_text()
     assert page in process.stdout
+    assert "| picture | size | file | plain | on | on / plain |" in page
     assert "| photo | 448 px | PNG, 0." in page
     left = [path for path in (tmp_path / "cache").iterdir() if path.name != "models"]
     assert left == []  # no server's folder
