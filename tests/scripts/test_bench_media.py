@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import bench_media as bench
 import pytest
 from PIL import Image
 
-SCRIPT = Path(bench.__file__)
+from tests.helpers.script import run_script
 
 
 def _samples(repetition: int, is_known: bool = True, **milliseconds: float) -> list[Any]:
@@ -57,13 +55,12 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_reduced_run(tmp_path: Path) -> None:
     output = tmp_path / "results" / "media"
-    command = [
-        *(sys.executable, str(SCRIPT), "--sizes", "448 px", "--repetitions", "1"),
+    arguments = [
+        *("--sizes", "448 px", "--repetitions", "1"),
         *("--systems", "plain", "on"),
         *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
     ]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    printed = run_script("bench_media.py", *arguments)
     document = json.loads(output.with_suffix(".json").read_text())
     assert document["complete"] is True
     samples = [bench.Sample(**entry) for entry in document["samples"]]
@@ -74,7 +71,7 @@ def test_reduced_run(tmp_path: Path) -> None:
     assert len(document["lookups"]) == kinds / 2
     assert all(0 < entry["lookup"] < entry["decode"] for entry in document["lookups"])
     page = output.with_suffix(".md").read_text()
-    assert page in process.stdout
+    assert page in printed
     assert "| picture | size | file | plain | on | on / plain |" in page
     assert "| photo | 448 px | PNG, 0." in page
     left = [path for path in (tmp_path / "cache").iterdir() if path.name != "models"]

@@ -2,8 +2,6 @@
 
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +11,7 @@ import bench_tiers as bench
 import pytest
 from PIL import Image
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from tests.helpers.script import run_script
 
 
 def _tiers(px: int, pair: int, **ttft: float) -> list[Any]:
@@ -185,14 +183,13 @@ def test_bandwidth(tmp_path: Path) -> None:
 
 def test_reduced_run(tmp_path: Path) -> None:
     output = tmp_path / "results" / "tiers"
-    command = [
-        *(sys.executable, str(SCRIPTS / "bench_tiers.py"), "--size", "tiny"),
+    arguments = [
+        *("--size", "tiny"),
         *("--segments", "1", "--runs", "2", "--sizes", "224", "--rounds", "2"),
         *("--gate-sizes", "224", "448", "--gate-rounds", "1", "--link-speeds", "0.05"),
         *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
     ]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
-    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    run_script("bench_tiers.py", *arguments)
 
     document = json.loads(output.with_name("tiers.json").read_text())
     assert document["complete"] is True

@@ -1,9 +1,6 @@
 """Tests of scripts/bench_ttft.py."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.quick_start import QUICK_START
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from tests.helpers.script import run_script
 
 
 def _sample(pair: int, system: str, ttft: float, **fields: Any) -> Any:
@@ -64,21 +60,13 @@ def _document(path: Path) -> dict[str, Any]:
 
 def test_quick(tmp_path: Path) -> None:
     output = tmp_path / "results" / "ttft"
-    command = [
-        *(sys.executable, str(SCRIPTS / "bench_ttft.py"), "--quick", "--size", "tiny"),
+    arguments = [
+        *("--quick", "--size", "tiny"),
         *("--repetitions", "2", "--text-repetitions", "2", "--ratios", "0.05", "0.5"),
         *("--pause", "0", "--sizes", "280", "560"),
         *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
     ]
-    process = subprocess.run(
-        command,
-        env=os.environ | QUICK_START,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    run_script("bench_ttft.py", *arguments, env=QUICK_START)
 
     document = json.loads(output.with_name("ttft.json").read_text())
     assert document["complete"] is True

@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers.quick_start import QUICK_START
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
+from tests.helpers.script import run_script
 
 small = st.integers(1, 5)
 scales = st.fixed_dictionaries(
@@ -260,8 +255,8 @@ def test_agreement() -> None:
 
 def test_reduced_run(tmp_path: Path) -> None:
     output = tmp_path / "results" / "workload"
-    command = [
-        *(sys.executable, str(SCRIPTS / "bench_workload.py"), "--size", "tiny"),
+    arguments = [
+        *("--size", "tiny"),
         *("--image-px", "224", "--systems", "plain", "vlcache-disk"),
         *("--workloads", "window", "chat", "mixed", "--users", "2", "--turns", "2"),
         *("--images", "3", "--chats", "1", "--chat-turns", "3", "--mixed", "10"),
@@ -269,15 +264,7 @@ def test_reduced_run(tmp_path: Path) -> None:
         "--always-reuse",
         *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
     ]
-    process = subprocess.run(
-        command,
-        env=os.environ | QUICK_START,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    run_script("bench_workload.py", *arguments, env=QUICK_START)
 
     document = json.loads(output.with_name("workload.json").read_text())
     assert document["complete"] is True
