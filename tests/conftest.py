@@ -14,10 +14,10 @@ import hypothesis
 import pytest
 from local_redis import LocalRedis, find_server
 from make_tiny_model import make_tiny_model
-from serving import VLLMServer
+from xdist.scheduler import LoadFileScheduling
 
 from tests.helpers.engine import IMAGE, Engine
-from tests.helpers.quick_start import KV_BLOCKS, QUICK_START
+from tests.helpers.quick_start import KV_BLOCKS
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / ".cache" / "models"
@@ -31,6 +31,20 @@ hypothesis.settings.load_profile("vlcache")
 
 FOLDERS = ("server", "scripts", "engine", "unit")
 """In the order in which they run: what takes longest first, so that processes end together."""
+
+
+class Scheduling(LoadFileScheduling):
+    """Tests of a file run in one process; so do all of `server/`, which share a server."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        scope: str = super()._split_scope(nodeid)
+        return "tests/server" if scope.startswith("tests/server/") else scope
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    """Which test runs in which process."""
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -102,34 +116,3 @@ def engines(tiny_model: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
     yield get
     for engine in alive.values():
         engine.close()
-
-
-@pytest.fixture(scope="session")
-def serve(tiny_model: Callable[..., Path]) -> Callable[..., VLLMServer]:
-    """A server of the tiny model, by its configuration and the file for its log."""
-
-    def make(config: Path, log_path: Path, **env: str) -> VLLMServer:
-        return VLLMServer(
-            tiny_model(),
-            extra_args=[
-                *("--config", str(config), "--enforce-eager", "--max-model-len", "8192"),
-                *("--num-gpu-blocks-override", str(KV_BLOCKS)),
-            ],
-            log_path=log_path,
-            env=QUICK_START | env,
-        )
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def cpu_server(
-    serve: Callable[..., VLLMServer], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[VLLMServer]:
-    """The tiny model, served with configs/cpu.yaml: for all tests that ask for no other server."""
-    from tests.helpers.deployment import CONFIGS, SMALL, with_options  # imports vLLM
-
-    folder = tmp_path_factory.mktemp("cpu")
-    config = with_options(CONFIGS / "cpu.yaml", folder, gate="off", **SMALL)
-    with serve(config, folder / "server.log") as server:
-        yield server
