@@ -7,7 +7,9 @@ import base64
 import functools
 import gc
 import io
+import itertools
 import re
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,16 +17,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 import vllm.multimodal.media.image as vllms_image
 from PIL import Image
+from vllm.connections import global_http_connection
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, ImageMediaIO, MediaConnector
 from vllm.v1.engine.input_processor import InputProcessor
 
 from tests.helpers.engine import IMAGE
 from tests.helpers.files import BAD_IMAGES, GOOD_IMAGES, damaged_png, encoded, photo
+from tests.helpers.proxy import Proxy, make_certificate
 from vlcache_connector import media, metrics, register
 from vlcache_connector.media import KnownImage, KnownImagesConnector, SeenImages
 
@@ -259,15 +264,22 @@ def test_images_are_known_one_by_one(frontend: Frontend, decoded: Decoded) -> No
 
 
 @pytest.fixture
-def web() -> Iterator[Callable[[bytes], str]]:
-    """Serves files, by URL."""
-    files: list[bytes] = []
+def web(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., str]]:
+    """Serves files, by URL; a file that was served is gone."""
+    files: dict[str, bytes] = {}
+    numbers = itertools.count()
+    certificate, tls = make_certificate(tmp_path_factory.mktemp("tls"))
+    trusted = ssl.create_default_context(cafile=certificate)
+    monkeypatch.setattr(aiohttp.connector, "_SSL_CONTEXT_VERIFIED", trusted)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(files[int(self.path[1:])])
+            self.wfile.write(files.pop(self.path))
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -275,40 +287,75 @@ def web() -> Iterator[Callable[[bytes], str]]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
-        def add(data: bytes) -> str:
-            files.append(data)
-            return f"http://127.0.0.1:{server.server_address[1]}/{len(files) - 1}"
+        encrypting = Proxy(server.server_address[1], tls)
+
+        def add(data: bytes, scheme: str = "http") -> str:
+            path = f"/{next(numbers)}.png"
+            files[path] = data
+            port = encrypting.port if scheme == "https" else server.server_address[1]
+            return f"{scheme}://127.0.0.1:{port}{path}"
 
         yield add
+        encrypting.close()
         server.shutdown()
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["blocking", "async"])
+@pytest.fixture(params=["blocking", "async"])
+def fetch(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[MediaConnector, str], Any]]:
+    """Loads an image by its URL."""
+    if request.param == "blocking":
+        yield lambda connector, url: connector.fetch_image(url)
+        return
+    monkeypatch.setattr(global_http_connection, "_async_client", None)  # another test's loop's
+    with asyncio.Runner() as runner:
+        yield lambda connector, url: runner.run(connector.fetch_image_async(url))
+
+
 def test_known_by_bytes_however_they_come(
     frontend: Frontend,
     decoded: Decoded,
-    web: Callable[[bytes], str],
+    web: Callable[..., str],
     tmp_path: Path,
-    is_async: bool,
+    fetch: Callable[[MediaConnector, str], Any],
 ) -> None:
     data = encoded(photo(1), "PNG")
     (tmp_path / "image.png").write_bytes(data)
     connector = MEDIA_CONNECTOR_REGISTRY.load("http", allowed_local_media_path=str(tmp_path))
     frontend.ask(data)
 
-    def load(url: str) -> Any:
-        if is_async:
-            return asyncio.run(connector.fetch_image_async(url))
-        return connector.fetch_image(url)
-
     decoded.clear()
-    for url in (data_url(data), web(data), (tmp_path / "image.png").as_uri()):
-        image = load(url)
+    in_file = (tmp_path / "image.png").as_uri()
+    for url in (data_url(data), web(data), web(data, "https"), in_file):
+        image = fetch(connector, url)
         assert isinstance(image.media, KnownImage)
         assert image.original_bytes == data
     assert decoded == []
     with pytest.raises(ValueError, match="must be a subpath"):
-        load("file:///etc/hostname")
+        fetch(connector, "file:///etc/hostname")
+
+
+def test_known_out_of_vllms_cache_of_downloads(
+    frontend: Frontend,
+    decoded: Decoded,
+    web: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fetch: Callable[[MediaConnector, str], Any],
+) -> None:
+    monkeypatch.setenv("VLLM_MEDIA_CACHE", str(tmp_path / "downloads"))
+    data = encoded(photo(1), "PNG")
+    url = web(data, "https")
+    connector = MEDIA_CONNECTOR_REGISTRY.load("http")
+    first = fetch(connector, url)
+    assert not isinstance(first.media, KnownImage)
+    frontend.ask(data)
+    decoded.clear()
+    again = fetch(connector, url)  # the server no longer has it
+    assert isinstance(again.media, KnownImage)
+    assert again.original_bytes == data
+    assert decoded == []
 
 
 # -- bad images ---------------------------------------------------------------------------------
