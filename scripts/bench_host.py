@@ -377,7 +377,7 @@ class Host:
             storage,
             StoredRows(storage, device),
             rank=0,
-            pace=Pace(device),
+            pace=Pace(),
             vllm_config=config,
             kv_cache_config=kv_cache_config,
             device=device,

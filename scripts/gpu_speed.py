@@ -202,8 +202,8 @@ def timed(llm: Any, ask: Ask) -> dict[str, Any]:
     stats = output.metrics
     figures = (output.kv_transfer_params or {}).get("vlcache") or {}
     in_engine = stats.first_token_ts - stats.scheduled_ts
-    load = figures.get("load_seconds") or 0.0
-    sparse = figures.get("sparse_prefill_seconds") or 0.0
+    parts = figures.get("ttft_part_seconds") or {}
+    load, sparse = parts.get("load", 0.0), parts.get("sparse_prefill", 0.0)
     prompt_tokens, cached = len(output.prompt_token_ids), output.num_cached_tokens or 0
     return {
         "ttft": ttft,

@@ -183,6 +183,13 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         """Nothing: segments are captured where KV is written."""
 
+    def finish_forward(self) -> None:
+        """vLLM's own forward is over; model runner V2 says so before it samples."""
+        if self._worker is not None:
+            plan = self._get_connector_metadata()
+            assert isinstance(plan, StepPlan)
+            self._worker.end_forward(plan.num_tokens)
+
     def wait_for_save(self) -> None:
         """The step's forwards are over: store complete segments, compute canonical ones."""
         if self._worker is not None:

@@ -14,6 +14,7 @@ vLLM seams, patched:
 - `BaseMultiModalProcessor.apply` (`vllm/multimodal/processing/processor.py`), the last that sees
   item and hash together: hashes of content are told from others by their type. What was hashed is
   known from then on (`media.py`).
+  What they took goes with these hashes as well, and then to the engine with the request.
 - `InputProcessor.process_inputs` and `inject_into_mm_cache` (`vllm/v1/engine/input_processor.py`):
   all that goes to the engine passes here.
 """
@@ -21,6 +22,7 @@ vLLM seams, patched:
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,16 +36,30 @@ from . import media
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.request import Request
 
     from .config import VLCacheConfig
+    from .protocol import TTFTPart
 
 _CONTENT = "vlcache-content:"
 _NAMED = "client-chosen:"
 """How identifiers begin; no request can bring one that does."""
 
+_SECONDS = "vlcache_seconds"
+"""Key of `SamplingParams.extra_args` for what a request took in the frontend."""
+
 
 class ItemHash(str):
-    """What the processor here calls an item; no request can bring one."""
+    """What the processor here calls an item; no request can bring one.
+
+    Attributes:
+        loading: when fetching and decoding the item began and ended (`time.perf_counter`), if that
+            is known.
+        processor_seconds: of the processor, with all items of the request.
+    """
+
+    loading: tuple[float, float] | None = None
+    processor_seconds: float = 0.0
 
 
 class ContentHash(ItemHash):
@@ -96,7 +112,9 @@ def _get_mm_hashes(
 def _apply(
     original: Callable[..., Any], self: Any, inputs: ProcessorInputs, *args: Any, **kwargs: Any
 ) -> Any:
+    start = time.perf_counter()
     result = original(self, inputs, *args, **kwargs)
+    seconds = time.perf_counter() - start
     result["mm_hashes"] = {
         modality: [
             ItemHash(of_item) if is_named else ContentHash(of_item)
@@ -104,9 +122,13 @@ def _apply(
         ]
         for modality, of_items in result["mm_hashes"].items()
     }
+    for of_items in result["mm_hashes"].values():
+        for of_item in of_items:
+            of_item.processor_seconds = seconds
     if "image" in inputs.mm_data_items:
         images = inputs.mm_data_items["image"].get_all_items_for_hash()
         for image, of_item in zip(images, result["mm_hashes"]["image"], strict=True):
+            of_item.loading = getattr(image, "loading", None)
             if isinstance(of_item, ContentHash):
                 media.remember(image, of_item, inputs.cache)
     return result
@@ -130,9 +152,35 @@ def _process_inputs(
     original: Callable[..., EngineCoreRequest], self: InputProcessor, *args: Any, **kwargs: Any
 ) -> EngineCoreRequest:
     request = original(self, *args, **kwargs)
+    params = request.sampling_params
+    if request.mm_features and params is not None:
+        # In the place of what a client may have sent under this name.
+        seconds = _seconds_of([feature.mm_hash for feature in request.mm_features])
+        params.extra_args = {**(params.extra_args or {}), _SECONDS: seconds}
     for feature in request.mm_features or ():
         _identify(feature)
     return request
+
+
+def _seconds_of(names: Sequence[str | None]) -> dict[TTFTPart, float]:
+    """What a request took here, by the names of its items."""
+    hashes = [name for name in names if isinstance(name, ItemHash)]
+    if len(hashes) < len(names):
+        return {}
+    seconds: dict[TTFTPart, float] = {
+        "processor": max(of_item.processor_seconds for of_item in hashes)
+    }
+    loading = [of_item.loading for of_item in hashes if of_item.loading is not None]
+    if len(loading) == len(hashes):
+        # Items are loaded at the same time.
+        seconds["media"] = max(end for _, end in loading) - min(start for start, _ in loading)
+    return seconds
+
+
+def frontend_seconds(request: Request) -> dict[TTFTPart, float]:
+    """What a request took before it came to the engine, as far as it is known."""
+    extra = request.sampling_params.extra_args if request.sampling_params is not None else None
+    return dict((extra or {}).get(_SECONDS, {}))
 
 
 def _identify(feature: MultiModalFeatureSpec) -> None:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -106,9 +107,15 @@ class KnownImage(Image.Image):
 
 @dataclass
 class ArrivedImage(MediaWithBytes[Image.Image]):
-    """An image in vLLM's wrapping, with the key to remember it by."""
+    """An image in vLLM's wrapping.
+
+    Attributes:
+        key: to remember it by.
+        loading: when fetching and decoding it began and ended (`time.perf_counter`).
+    """
 
     key: Key | None = None
+    loading: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,19 +255,29 @@ class KnownImagesConnector(MediaConnector):
         self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None
     ) -> Any:
         """Load media from a data, http(s) or file URL."""
-        return super().load_from_url(url, _ours(media_io), fetch_timeout=fetch_timeout)
+        start = time.perf_counter()
+        media = super().load_from_url(url, _ours(media_io), fetch_timeout=fetch_timeout)
+        return _loaded(media, start)
 
     async def load_from_url_async(
         self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None
     ) -> Any:
         """As `load_from_url`; decoding and reading of files happen in vLLM's threads for that."""
-        return await super().load_from_url_async(url, _ours(media_io), fetch_timeout=fetch_timeout)
+        start = time.perf_counter()
+        media = await super().load_from_url_async(url, _ours(media_io), fetch_timeout=fetch_timeout)
+        return _loaded(media, start)
 
 
 def _ours(media_io: MediaIO[Any]) -> MediaIO[Any]:
     if type(media_io) is not ImageMediaIO:
         return media_io
     return KnownImagesIO(media_io.image_mode, **media_io.kwargs)
+
+
+def _loaded(media: Any, start: float) -> Any:
+    if isinstance(media, ArrivedImage):
+        media.loading = (start, time.perf_counter())
+    return media
 
 
 def _give_up(what: str) -> None:

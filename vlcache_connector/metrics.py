@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from .protocol import TIERS
+from .protocol import TIERS, TTFTPart
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -93,6 +93,17 @@ DECODING = {
     "late": "it was known, but decoded after all: vLLM's processor asked for its pixels",
 }
 """What became of an image that arrived in a file's bytes; `known` includes `late`."""
+
+PARTS: dict[TTFTPart, str] = {
+    "queue": "from its arrival to its first step, without media, processor and staging",
+    "media": "fetching and decoding its images; known where VLCache's media connector does it",
+    "processor": "vLLM's processor, with its cache",
+    "staging": "waiting for segments from disk and Redis",
+    "load": "opening what it reuses, rotating it and writing it to the paged cache",
+    "sparse_prefill": "computing the other tokens of what it claims",
+    "forward": "vLLM's own forwards of the steps up to its first token, without the encoder",
+}
+"""The parts of a request's time to first token that are known, none within another."""
 
 BREAKER_STATES = ("closed", "half_open", "open")
 """In the order of their numbers in `vllm:vlcache_breaker_state`."""
@@ -189,20 +200,16 @@ NET_SAVED_SECONDS = Metric(
     "sparse prefill, and less what requests waited for that then reused nothing. Below zero where "
     "reuse costs more than it brings.",
 )
-LOAD_SECONDS = Metric(
-    f"{_PREFIX}load_seconds",
+TTFT_PART_SECONDS = Metric(
+    f"{_PREFIX}ttft_part_seconds",
     "histogram",
-    "Seconds a request took to get the KV it reuses: waiting for disk and Redis, copying, "
-    "rotating. By the slowest tier that something came from.",
-    {"tier": TIERS},
-    (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
-)
-SPARSE_PREFILL_SECONDS = Metric(
-    f"{_PREFIX}sparse_prefill_seconds",
-    "histogram",
-    "Seconds of the sparse prefill that a request took part in, alone or with others.",
-    {},
-    (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0),
+    "Seconds of a request's time to first token, by part, and by the slowest tier that something "
+    "it reuses came from. Observed when the request ends; what can't be known is left out.",
+    {"part": tuple(PARTS), "tier": (*TIERS, NOWHERE)},
+    (
+        *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+        *(1.0, 2.5, 5.0, 10.0, 25.0, 60.0),
+    ),
 )
 PINNED_SEGMENTS = Metric(
     f"{_PREFIX}pinned_segments",
@@ -242,7 +249,7 @@ PREFILL_TOKENS_PER_SECOND = Metric(
 METRICS = (
     *(IMAGES, LOOKUPS, REUSED_TOKENS, RECOMPUTED_TOKENS, SPARSE_PREFILL_TOKENS),
     *(READ_BYTES, WRITTEN_BYTES, STORED_SEGMENTS, EVICTED_SEGMENTS),
-    *(REFUSED, FELL_BACK, NET_SAVED_SECONDS, LOAD_SECONDS, SPARSE_PREFILL_SECONDS),
+    *(REFUSED, FELL_BACK, NET_SAVED_SECONDS, TTFT_PART_SECONDS),
     *(PINNED_SEGMENTS, STORED_BYTES, BREAKER_STATE),
     *(TIER_BYTES_PER_SECOND, TIER_LATENCY_SECONDS, PREFILL_TOKENS_PER_SECOND),
 )

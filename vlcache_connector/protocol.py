@@ -333,6 +333,9 @@ class FetchPlan:
     """Tokens, or encoder rows, that it must have."""
 
 
+TTFTPart = Literal["queue", "media", "processor", "staging", "load", "sparse_prefill", "forward"]
+"""A part of a request's time to first token; no two of them overlap."""
+
 Outcome = Literal["hit", "miss", "late", "skipped", "failed"]
 """What became of looking for the KV of an item."""
 
@@ -421,6 +424,8 @@ class StepPlan(KVConnectorMetadata):
     """Fetches whose segments, if there are any, are thrown away."""
     num_tokens: int = 0
     """Tokens that vLLM's own forward computes in this step."""
+    prefilling: tuple[str, ...] = ()
+    """Requests of the step whose first token has not come out yet."""
     dropped_segments: list[str] = field(default_factory=list)
     """Content keys of evicted KV segments."""
     encoder: EncoderPlan = field(default_factory=EncoderPlan)
@@ -428,7 +433,7 @@ class StepPlan(KVConnectorMetadata):
 
 @dataclass
 class PrefillFigures:
-    """What the sparse prefill of one request did and took."""
+    """What the sparse prefill of one request did."""
 
     reused: dict[int, int] = field(default_factory=dict)
     """Item that was reused -> tokens whose KV is a donor's in the last layer."""
@@ -436,10 +441,6 @@ class PrefillFigures:
     """Tokens of known items that the first layer computed anew."""
     computed_by_layer: tuple[int, ...] = ()
     """Tokens that each decoder layer computed, text included."""
-    load_seconds: float = 0.0
-    """Fetching segments and writing their rotated KV into the paged cache."""
-    sparse_prefill_seconds: float = 0.0
-    """The passes that computed the request's runs (shared with other requests of the step)."""
     on_device: frozenset[int] = frozenset()
     """Reused items whose segments were in device memory already."""
     fallback: str | None = None
@@ -456,7 +457,7 @@ class PrefillFigures:
         return max(self.computed_by_layer, default=0)
 
     def merge(self, other: PrefillFigures) -> PrefillFigures:
-        """Figures of two ranks: the slower one counts."""
+        """Figures of two ranks: the least that was reused, the most that was computed."""
         return PrefillFigures(
             reused={
                 item: min(self.reused[item], other.reused[item])
@@ -466,11 +467,16 @@ class PrefillFigures:
             computed_by_layer=tuple(
                 map(max, zip_longest(self.computed_by_layer, other.computed_by_layer, fillvalue=0))
             ),
-            load_seconds=max(self.load_seconds, other.load_seconds),
-            sparse_prefill_seconds=max(self.sparse_prefill_seconds, other.sparse_prefill_seconds),
             on_device=self.on_device & other.on_device,
             fallback=self.fallback or other.fallback,
         )
+
+
+class Laps(Protocol):
+    """What parts of a step took."""
+
+    def seconds(self) -> dict[TTFTPart, float]:
+        """By part; nothing while the device is not through with all of them."""
 
 
 @dataclass(frozen=True)
@@ -528,6 +534,12 @@ class StepReport(KVConnectorWorkerMetadata):
     """Fetches that ended, by name."""
     figures: dict[str, PrefillFigures] = field(default_factory=dict)
     """Request -> what its sparse prefill did."""
+    prefilling: tuple[str, ...] = ()
+    """As in the step's plan."""
+    seconds: dict[TTFTPart, float] = field(default_factory=dict)
+    """What the step's parts took; all claims of a step share its load and its sparse prefill."""
+    laps: Laps | None = None
+    """The same on a device that may not be through with it yet; see `settle`."""
     events: dict[str, int] = field(default_factory=dict)
     """What went wrong, and what happened in the tiers below host memory, by kind."""
     states: dict[int, WorkerState] = field(default_factory=dict)
@@ -546,8 +558,24 @@ class StepReport(KVConnectorWorkerMetadata):
             or not self.encoder.is_empty()
             or self.fetched
             or self.figures
+            or self.prefilling
             or self.events
         )
+
+    def settle(self) -> None:
+        """Read what the step took, as far as it is known by now.
+
+        A report leaves its worker when the step's tokens are on the host: the device is through.
+        """
+        laps, self.laps = self.laps, None
+        try:
+            self.seconds = laps.seconds() if laps is not None else self.seconds
+        except Exception:  # they are only figures
+            self.failed("pace")
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return vars(self)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         """Merge the report of another rank."""
@@ -564,6 +592,11 @@ class StepReport(KVConnectorWorkerMetadata):
             lost=self.lost | other.lost,
             encoder=self.encoder.aggregate(other.encoder),
             figures=figures,
+            prefilling=self.prefilling or other.prefilling,
+            seconds={
+                part: max(own.get(part, 0.0) for own in (self.seconds, other.seconds))
+                for part in self.seconds | other.seconds
+            },
             events=_add_counts(self.events, other.events),
             states=self.states | other.states,
         )

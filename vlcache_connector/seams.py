@@ -147,7 +147,9 @@ SEAMS: tuple[Seam, ...] = (
         "content.py",
         inject_into_mm_cache="mm_hashes mm_kwargs",
     ),
-    _has("vllm.v1.engine:EngineCoreRequest", "content.py", "mm_features"),
+    _has("vllm.v1.engine:EngineCoreRequest", "content.py", "mm_features sampling_params"),
+    _has("vllm.v1.request:Request", "content.py", "sampling_params"),
+    _has("vllm.sampling_params:SamplingParams", "content.py", "extra_args"),
     _has("vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY", "media.py", "name2class register"),
     *_replaced(
         "vllm.multimodal.media:MediaConnector",
@@ -237,6 +239,7 @@ SEAMS: tuple[Seam, ...] = (
         start_load_kv="forward_context kwargs",
         wait_for_layer_load="layer_name",
         save_kv_layer="layer_name kv_layer attn_metadata kwargs",
+        finish_forward="",
         wait_for_save="",
         build_connector_worker_meta="",
         get_block_ids_with_load_errors="",
@@ -437,7 +440,8 @@ SEAMS: tuple[Seam, ...] = (
         "vllm.v1.request:Request",
         "scheduler/requests.py",
         "prompt_token_ids prompt_embeds lora_request pooling_params resumable cache_salt "
-        "kv_transfer_params",
+        "kv_transfer_params arrival_time num_prompt_tokens num_computed_tokens num_output_tokens "
+        "num_preemptions",
     ),
     _takes(
         "vllm.multimodal.inputs:MultiModalFeatureSpec",

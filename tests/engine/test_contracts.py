@@ -132,6 +132,7 @@ def parts_of_the_worker_side() -> dict[str, type]:
     from vlcache_connector.worker.model import SparsePrefillModel
     from vlcache_connector.worker.pace import Pace
     from vlcache_connector.worker.sparse_prefill import SparsePrefill
+    from vlcache_connector.worker.stopwatch import Stopwatch
     from vlcache_connector.worker.storage import Storage
 
     return {
@@ -141,6 +142,7 @@ def parts_of_the_worker_side() -> dict[str, type]:
         "_prefill": SparsePrefill,
         "_model": SparsePrefillModel,
         "_pace": Pace,
+        "_stopwatch": Stopwatch,
     }
 
 

@@ -1,9 +1,13 @@
-"""What a warm request runs, counted inside the engine: no vision encoder, few tokens."""
+"""What a warm request runs, counted inside the engine: no vision encoder, few tokens.
+
+And what the parts of requests' times to first token are.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -154,3 +158,60 @@ def test_requests_that_ended_are_forgotten_without_news_from_the_workers(engine:
     for number in range(3):
         engine.ask(Ask(f"off {number} {IMAGE}", ((160 + number, 224),), vlcache={"enabled": False}))
     assert engine.call(unfinished) == 0
+
+
+# -- parts of the time to first token -----------------------------------------------------------
+
+
+def first_tokens(llm: Any, asks: Sequence[Ask]) -> list[tuple[float, Any]]:
+    """Run `asks` together; of each, the seconds to its first token, and its figures."""
+    from tests.helpers.engine import answer_of, request_of
+
+    engine, arrived, ttft, figures = llm.llm_engine, {}, {}, {}
+    for number, ask in enumerate(asks):
+        prompt, params = request_of(ask)
+        arrived[str(number)] = time.monotonic()
+        [rendered] = engine.renderer.render_cmpl([prompt])
+        engine.add_request(str(number), rendered, params)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            now = time.monotonic()
+            ttft.setdefault(output.request_id, now - arrived[output.request_id])
+            figures[output.request_id] = answer_of(output).figures
+    return [(ttft[req_id], figures[req_id]) for req_id in arrived]
+
+
+EVERY = {"queue", "processor", "forward"}
+"""Known of every request with images; these here are not fetched, and there is no disk."""
+REUSING = EVERY | {"load", "sparse_prefill"}
+
+
+@pytest.mark.parametrize("runner", [None, "V2"])
+def test_parts_of_the_time_to_first_token(
+    engines: Callable[..., Engine], runner: Literal["V2"] | None
+) -> None:
+    engine = engines({}) if runner is None else engines({}, runner=runner)
+    donors = ((61, 224), (62, 224))
+    engine.ask(*(Ask(f"parts, donor {IMAGE}", (donor,)) for donor in donors))
+    tokens = {"max_tokens": 4}
+    asks = {
+        "cold": Ask(f"parts, never seen {IMAGE}", ((63, 224),), **tokens),
+        "warm": Ask(f"parts, seen {IMAGE} before", donors[:1], **tokens),
+        "text": Ask("parts, no image at all", **tokens),
+        "other": Ask(f"parts, another one {IMAGE} seen before", donors[1:], **tokens),
+        "off": Ask(f"parts, exact {IMAGE}", donors[:1], vlcache={"enabled": False}, **tokens),
+    }
+    together = engine.call(first_tokens, list(asks.values()))
+    [alone] = engine.call(first_tokens, [Ask(f"parts, alone {IMAGE}", donors[:1])])
+    answers = {**dict(zip(asks, together, strict=True)), "alone": alone}
+    _, without = answers.pop("text")
+    assert without is None
+    parts = {name: figures["ttft_part_seconds"] for name, (_, figures) in answers.items()}
+    for name, (ttft, figures) in answers.items():
+        reuses = name in ("warm", "other", "alone")
+        assert (figures["reused_tokens"] > 0) == reuses
+        assert set(parts[name]) == (REUSING if reuses else EVERY), name
+        assert min(parts[name].values()) > 0, name
+        assert sum(parts[name].values()) <= ttft, name
+    # Each has come at a time of its own.
+    assert parts["cold"]["queue"] > parts["warm"]["queue"] > parts["other"]["queue"]

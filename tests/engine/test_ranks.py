@@ -103,6 +103,9 @@ def test_what_raises_on_one_rank_is_computed_on_all(
     assert answer.finish_reason == "length"
     assert answer.figures is not None
     assert answer.figures["computed_tokens"] > 0
+    parts = answer.figures["ttft_part_seconds"]
+    assert set(parts) == {"queue", "processor", "load", "sparse_prefill", "forward"}
+    assert sum(parts.values()) < seconds
     if answer.figures["reused_tokens"] == 0:
         [expected] = engines(None).ask(ask)
         assert answer.tokens == expected.tokens

@@ -18,9 +18,16 @@ class Event:
     def __init__(self, device: Device) -> None:
         self._device = device
         self.passed = False
+        self.time = 0
 
     def query(self) -> bool:
         return self.passed
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds: one for each operation of the model's in between."""
+        assert self.passed
+        assert end.passed
+        return float(end.time - self.time)
 
     def synchronize(self) -> None:
         while not self.passed:
@@ -42,6 +49,7 @@ class Device:
         # One stream may be far ahead of the other.
         self._main_first = self._random.choice((0.02, 0.5, 0.98))
         self.num_copies = 0
+        self._num_run = 0
         self.main: deque[Callable[[], bool]] = deque()
         self._side: deque[Callable[[], bool]] = deque()
 
@@ -66,7 +74,13 @@ class Device:
 
     def run(self, operation: Callable[[], object]) -> None:
         """Queue an operation of the model's."""
-        self._queue(self.main, lambda: (operation(), True)[1])
+
+        def run() -> bool:
+            operation()
+            self._num_run += 1
+            return True
+
+        self._queue(self.main, run)
 
     def _queue(self, stream: deque[Callable[[], bool]], operation: Callable[[], bool]) -> None:
         with self._lock:
@@ -78,7 +92,7 @@ class Device:
         event = Event(self)
 
         def operation() -> bool:
-            event.passed = True
+            event.passed, event.time = True, self._num_run
             return True
 
         self._queue(stream, operation)

@@ -28,10 +28,15 @@ class Serving:
         self.figures: list[dict[str, Any]] = []
 
     def ask(self, text: str, *parts: dict[str, Any]) -> dict[str, Any] | None:
+        asked = time.monotonic()
         answer = chat(self._client, self._server, [text_part(text), *parts, text_part("why")])
+        took = time.monotonic() - asked
         figures = (answer.kv_transfer_params or {}).get("vlcache")
         if figures is not None:
             self.figures.append(figures)
+            seconds = figures["ttft_part_seconds"]
+            assert min(seconds.values()) >= 0
+            assert sum(seconds.values()) <= took
         return figures
 
     def scrape(self) -> Exposition:
@@ -129,17 +134,19 @@ def test_a_servers_metrics_agree_with_its_answers(server: VLLMServer, client: ht
     for tier in TIERS:
         reused = total("reused_tokens", tier=tier)
         assert scraped(metrics.REUSED_TOKENS.name, tier=tier) == reused
-        seconds = total("load_seconds", tier=tier) + total("fetch_seconds", tier=tier)
-        assert scraped(f"{metrics.LOAD_SECONDS.name}_sum", tier=tier) == pytest.approx(
-            seconds, abs=1e-4
-        )
-    reusing = sum(figures["reused_tokens"] > 0 for figures in serving.figures)
-    assert reusing == 2
-    assert scraped(f"{metrics.LOAD_SECONDS.name}_count") == reusing
-    assert scraped(f"{metrics.SPARSE_PREFILL_SECONDS.name}_count") == reusing
-    assert scraped(f"{metrics.SPARSE_PREFILL_SECONDS.name}_sum") == pytest.approx(
-        total("sparse_prefill_seconds"), abs=1e-4
-    )
+    assert sum(figures["reused_tokens"] > 0 for figures in serving.figures) == 2
+    for part in metrics.PARTS:
+        is_of_reuse = part in ("load", "sparse_prefill")
+        for tier in (None, *TIERS):
+            seconds = [
+                f["ttft_part_seconds"].get(part) for f in serving.figures if f["tier"] == tier
+            ]
+            known = [took for took in seconds if took is not None]
+            assert len(known) == (0 if is_of_reuse and tier is None else len(seconds)), part
+            labels = {"part": part, "tier": tier or metrics.NOWHERE}
+            observed = metrics.TTFT_PART_SECONDS.name
+            assert scraped(f"{observed}_count", **labels) == len(known)
+            assert scraped(f"{observed}_sum", **labels) == pytest.approx(sum(known), abs=1e-4)
     assert scraped(metrics.RECOMPUTED_TOKENS.name) == total("recomputed_tokens") > 0
     assert scraped(metrics.SPARSE_PREFILL_TOKENS.name) == total("computed_tokens")
     speed = scraped(metrics.PREFILL_TOKENS_PER_SECOND.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +27,13 @@ from vllm.multimodal.inputs import (
 )
 from vllm.multimodal.media import MediaWithBytes
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.request import Request
 
 from tests.helpers.engine import IMAGE, VIDEO, Ask, grid, request_of
 from vlcache_connector import register
 from vlcache_connector.config import VLCacheConfig
-from vlcache_connector.content import may_be_kept
+from vlcache_connector.content import frontend_seconds, may_be_kept
+from vlcache_connector.media import ArrivedImage
 
 STRICT, TRUSTING = VLCacheConfig(), VLCacheConfig(trust_client_names=True)
 TRANSFER = {"kv_connector": "VLCacheConnector", "kv_role": "kv_both"}
@@ -203,6 +206,56 @@ def test_a_name_is_no_content_hash_in_vllms_own_caches(frontend: Frontend) -> No
 def test_the_engine_gets_plain_strings(frontend: Frontend) -> None:
     [feature] = frontend.features(frontend.render(prompt_of(image(1))))
     assert type(feature.identifier) is type(feature.mm_hash) is str
+
+
+def seconds_of(frontend: Frontend, rendered: Any, **extra: Any) -> dict[str, float]:
+    """What the engine is told that a request took in the frontend."""
+    params = SamplingParams(max_tokens=1, extra_args=extra or None)
+    sent = frontend.processor.process_inputs("r", rendered, params, ("generate",))
+    assert sent.sampling_params is not None
+    assert params.extra_args == (extra or None)  # the caller's own are left alone
+    assert {**extra, **(sent.sampling_params.extra_args or {})} == sent.sampling_params.extra_args
+    seconds: Any = frontend_seconds(Request.from_engine_core_request(sent, None))
+    return seconds
+
+
+def test_the_engine_is_told_what_the_processor_took(frontend: Frontend) -> None:
+    begun = time.perf_counter()
+    rendered = frontend.render(prompt_of(image(5), image(6, 224)))
+    took = time.perf_counter() - begun
+    seconds = seconds_of(frontend, rendered)
+    assert set(seconds) == {"processor"}
+    assert 0 < seconds["processor"] <= took
+
+
+def test_images_that_are_loaded_side_by_side_took_as_long_as_all_of_them(
+    frontend: Frontend,
+) -> None:
+    spans = [(1.0, 1.5), (1.25, 2.0)]
+    loaded: list[Any] = [
+        ArrivedImage(image(seed), str(seed).encode(), loading=span)
+        for seed, span in zip((7, 8), spans, strict=True)
+    ]
+    assert seconds_of(frontend, frontend.render(prompt_of(*loaded)))["media"] == 1.0
+    # One of unknown origin leaves the whole unknown.
+    mixed = frontend.render(prompt_of(*loaded, image(9)))
+    assert set(seconds_of(frontend, mixed)) == {"processor"}
+
+
+def test_nothing_is_known_of_items_that_were_processed_elsewhere(frontend: Frontend) -> None:
+    rendered = frontend.render(prompt_of(image(1)))
+    assert seconds_of(frontend, token_in(rendered)) == {}
+
+
+def test_a_client_does_not_tell_what_its_request_took(frontend: Frontend) -> None:
+    params = SamplingParams(
+        max_tokens=1, extra_args={"vlcache_seconds": {"media": 1e9}, "kv_transfer_params": {"a": 1}}
+    )
+    rendered = frontend.render(prompt_of(image(1)))
+    sent = frontend.processor.process_inputs("r", rendered, params, ("generate",))
+    request = Request.from_engine_core_request(sent, None)
+    assert set(frontend_seconds(request)) == {"processor"}
+    assert request.kv_transfer_params == {"a": 1}
 
 
 def test_a_named_item_of_another_size_is_another_item(frontend: Frontend) -> None:

@@ -26,7 +26,7 @@ def some_stats(factor: int = 1) -> VLCacheStats:
     stats.add(metrics.LOOKUPS, "disk", "hit", amount=2 * factor)
     stats.add(metrics.LOOKUPS, "none", "miss")
     stats.add(metrics.RECOMPUTED_TOKENS, amount=8 * factor)
-    stats.observe(metrics.LOAD_SECONDS, "disk", value=0.25 * factor)
+    stats.observe(metrics.TTFT_PART_SECONDS, "load", "disk", value=0.25 * factor)
     stats.set(metrics.STORED_BYTES, "kv", value=1000 * factor)
     return stats
 
@@ -47,12 +47,12 @@ def test_counters_add_up_observations_are_kept_and_the_last_value_of_a_gauge_cou
     assert total.data == {
         metrics.LOOKUPS.name: {("disk", "hit"): 8, ("none", "miss"): 2, ("cpu", "hit"): 1},
         metrics.RECOMPUTED_TOKENS.name: {(): 32},
-        metrics.LOAD_SECONDS.name: {("disk",): [0.25, 0.75]},
+        metrics.TTFT_PART_SECONDS.name: {("load", "disk"): [0.25, 0.75]},
         metrics.STORED_BYTES.name: {("kv",): 3000},
     }
     # Every logger of a process gets the same data and adds to it.
     assert early == some_stats()
-    assert late.data[metrics.LOAD_SECONDS.name] == {("disk",): [0.75]}
+    assert late.data[metrics.TTFT_PART_SECONDS.name] == {("load", "disk"): [0.75]}
 
 
 def test_the_log_line_sums_up() -> None:
@@ -60,8 +60,8 @@ def test_the_log_line_sums_up() -> None:
         "lookups_total{disk,hit}": 8,
         "lookups_total{none,miss}": 2,
         "recomputed_tokens_total": 32,
-        "load_seconds{disk}_count": 2,
-        "load_seconds{disk}_mean": 0.5,
+        "ttft_part_seconds{load,disk}_count": 2,
+        "ttft_part_seconds{load,disk}_mean": 0.5,
         "stored_bytes{kv}": 3000,
     }
 
@@ -140,12 +140,13 @@ def test_stats_are_added_to_the_metrics_of_their_engine(
         prometheus.observe(stats.data, engine_idx=1)
     scraped = expose(registry)
     engine = {"model_name": "model", "engine": "1"}
+    loads = {"part": "load", "tier": "disk", **engine}
     assert scraped(metrics.LOOKUPS.name, tier="disk", outcome="hit", **engine) == 8
     assert scraped(metrics.LOOKUPS.name, tier="none", outcome="miss", **engine) == 2
     assert scraped(metrics.RECOMPUTED_TOKENS.name, **engine) == 32
-    assert scraped(f"{metrics.LOAD_SECONDS.name}_count", tier="disk", **engine) == 2
-    assert scraped(f"{metrics.LOAD_SECONDS.name}_sum", tier="disk", **engine) == 1.0
-    assert scraped(f"{metrics.LOAD_SECONDS.name}_bucket", tier="disk", le="0.25", **engine) == 1
+    assert scraped(f"{metrics.TTFT_PART_SECONDS.name}_count", **loads) == 2
+    assert scraped(f"{metrics.TTFT_PART_SECONDS.name}_sum", **loads) == 1.0
+    assert scraped(f"{metrics.TTFT_PART_SECONDS.name}_bucket", le="0.25", **loads) == 1
     assert scraped(metrics.STORED_BYTES.name, kind="kv", **engine) == 3000
     assert not any(
         s.value for s in scraped.samples if s.labels["engine"] == "0" and "created" not in s.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Collection
 from dataclasses import replace
 from fractions import Fraction
@@ -23,6 +24,7 @@ from vlcache_connector.protocol import (
     Span,
     Stage,
     StepReport,
+    TTFTPart,
     inside,
     of_runs,
     stretches_of,
@@ -101,8 +103,6 @@ figures = st.builds(
     recomputed_tokens=counts,
     computed_by_layer=st.lists(counts, min_size=3, max_size=3).map(tuple),
     on_device=st.frozensets(st.integers(0, 2)),
-    load_seconds=seconds,
-    sparse_prefill_seconds=seconds,
     fallback=st.none() | st.just("error"),
 )
 encoder_reports = st.builds(
@@ -114,6 +114,8 @@ reports = st.builds(
     lost=st.sets(keys),
     encoder=encoder_reports,
     figures=st.dictionaries(keys, figures),
+    prefilling=st.sampled_from([(), ("a", "b")]),  # the same plan's on all ranks
+    seconds=st.dictionaries(st.sampled_from(["load", "sparse_prefill", "forward"]), seconds),
     events=st.dictionaries(keys, st.integers(1, 2)),
 )
 
@@ -386,11 +388,49 @@ def test_dropping_an_item_changes_nothing_else(plan: ReusePlan, item: int) -> No
     assert plan == replace(plan.without(item), reused=plan.reused)
 
 
-def test_figures_of_two_ranks_show_the_slower_one_and_the_lesser_reuse() -> None:
-    fast = PrefillFigures({0: 60, 1: 30}, 10, (30, 25), 0.5, 0.25, frozenset({0, 1}))
-    slow = PrefillFigures({0: 50}, 100, (120, 120), 0.25, 1.5, frozenset({0}), "segment lost")
-    expected = PrefillFigures({0: 50}, 100, (120, 120), 0.5, 1.5, frozenset({0}), "segment lost")
-    assert fast.merge(slow) == slow.merge(fast) == expected
+def test_figures_of_two_ranks_show_the_lesser_reuse() -> None:
+    more = PrefillFigures({0: 60, 1: 30}, 10, (30, 25), frozenset({0, 1}))
+    less = PrefillFigures({0: 50}, 100, (120, 120), frozenset({0}), "segment lost")
+    assert more.merge(less) == less.merge(more) == less
+
+
+def test_the_slowest_rank_tells_what_each_part_of_a_step_took() -> None:
+    ranks = [
+        StepReport(prefilling=("r",), seconds={"load": 0.5, "forward": 0.25}),
+        StepReport(prefilling=("r",), seconds={"load": 0.125, "forward": 0.75}),
+        StepReport(prefilling=("r",)),
+    ]
+    total = reduce(StepReport.aggregate, ranks)
+    assert total == StepReport(prefilling=("r",), seconds={"load": 0.5, "forward": 0.75})
+
+
+class Measured:
+    """Laps on a device that is through with the step, or never will be."""
+
+    def seconds(self) -> dict[TTFTPart, float]:
+        return {"forward": 0.5}
+
+
+class Broken(Measured):
+    def seconds(self) -> dict[TTFTPart, float]:
+        raise RuntimeError("device lost")
+
+
+def test_what_a_device_measured_is_read_when_the_report_leaves_the_worker() -> None:
+    report = StepReport(prefilling=("r",), laps=Measured())
+    assert report.seconds == {}
+    sent = pickle.loads(pickle.dumps(report))
+    assert sent == StepReport(prefilling=("r",), seconds={"forward": 0.5})
+    here = StepReport(laps=Measured())
+    here.settle()
+    here.settle()
+    assert here == StepReport(seconds={"forward": 0.5})
+
+
+def test_times_that_cant_be_read_cost_no_report() -> None:
+    report = StepReport(stored={"a": 1}, laps=Broken())
+    report.settle()
+    assert report == StepReport(stored={"a": 1}, events={"failed.pace": 1})
 
 
 def test_a_rank_that_computed_nothing_leaves_the_others_layers() -> None:
@@ -454,6 +494,7 @@ def test_aggregating_leaves_the_reports_of_the_ranks_alone() -> None:
         StepReport(encoder=EncoderReport(stored={"a": 1})),
         StepReport(encoder=EncoderReport(lost={"a"})),
         StepReport(figures={"r": PrefillFigures()}),
+        StepReport(prefilling=("r",)),
         StepReport(events={"disk.read.calls": 1}),
     ],
 )

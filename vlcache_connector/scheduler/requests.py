@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
 
 from ..config import ConfigError, RequestOptions, VLCacheConfig
-from ..content import may_be_kept
+from ..content import frontend_seconds, may_be_kept
 from ..keys import encoder_key, segment_key
 from ..protocol import (
     Item,
@@ -21,6 +21,7 @@ from ..protocol import (
     RequestContext,
     ReusePlan,
     Span,
+    TTFTPart,
     slowest,
     stretches_of,
     uncovered,
@@ -108,8 +109,6 @@ class Staged:
 
     lookups: tuple[Lookup, ...]
     """Of the items that vLLM's prefix cache does not hold."""
-    waited_seconds: float = 0.0
-    """For disk and Redis."""
     fetched_from: str | None = None
     """The slowest tier that anything was fetched from, encoder rows included."""
     layout: Layout | None = None
@@ -180,6 +179,8 @@ class TrackedRequest:
     approximate_prefix_tokens: int = 0
     """That vLLM's prefix cache had of the prompt, behind the first one whose KV is approximate."""
     context_sent: bool = False
+    seconds: dict[TTFTPart, float] = field(default_factory=dict)
+    """What its time to first token went into, so far and as far as it can be known."""
 
     @classmethod
     def of(
@@ -231,7 +232,45 @@ class TrackedRequest:
         except ConfigError as error:
             logger.warning("VLCache: request %s: %s; ignored", request.request_id, error)
             options = RequestOptions()
-        return cls(request=request, items=tuple(items), options=options)
+        return cls(
+            request=request,
+            items=tuple(items),
+            options=options,
+            seconds=frontend_seconds(request),
+        )
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Its first token has not come out, and takes more of the prompt than is computed."""
+        request = self.request
+        is_short = request.num_computed_tokens < request.num_prompt_tokens
+        return is_short and request.num_output_tokens == 0
+
+    def admitted(self, now: float, staging: float | None) -> None:
+        """It is scheduled, for the first time if it was never preempted.
+
+        Args:
+            now: seconds since the epoch, as vLLM stamps arrivals.
+            staging: seconds that it waited for what is staged; None: it had nothing to wait for.
+        """
+        if self.request.num_preemptions:
+            return
+        if staging is not None:
+            self.seconds["staging"] = staging
+        queue = now - self.request.arrival_time - sum(self.seconds.values())
+        if queue >= 0:  # or the clocks of frontend and engine differ
+            self.seconds["queue"] = queue
+
+    def took(self, seconds: Mapping[TTFTPart, float], *, has_claim: bool) -> None:
+        """A step of its prefill took so long.
+
+        Args:
+            seconds: of the step's parts, as far as they are known.
+            has_claim: whether a claim of its own was filled in the step.
+        """
+        for part, more in seconds.items():
+            if has_claim or part == "forward":
+                self.seconds[part] = self.seconds.get(part, 0.0) + more
 
     @property
     def is_past_items(self) -> bool:
@@ -252,6 +291,11 @@ class TrackedRequest:
             position_features=[_without_pixels(f) for f in self.request.mm_features],
         )
 
+    @property
+    def tier(self) -> str | None:
+        """The slowest tier that anything it reuses was found in."""
+        return self.claimed.tier if self.claimed is not None else None
+
     def report(self) -> dict[str, Any]:
         """Figures for the client (`kv_transfer_params.vlcache` of the response)."""
         figures = PrefillFigures()
@@ -263,10 +307,8 @@ class TrackedRequest:
             "computed_tokens": figures.computed_tokens,
             "approximate_prefix_tokens": self.approximate_prefix_tokens,
             "computed_token_layers": sum(figures.computed_by_layer),
-            "tier": self.claimed.tier if self.claimed else None,
-            "fetch_seconds": round(self.staged.waited_seconds if self.staged else 0.0, 6),
-            "load_seconds": round(figures.load_seconds, 6),
-            "sparse_prefill_seconds": round(figures.sparse_prefill_seconds, 6),
+            "tier": self.tier,
+            "ttft_part_seconds": {part: round(took, 6) for part, took in self.seconds.items()},
             "fallback": figures.fallback or (self.staged.held_back if self.staged else None),
         }
 

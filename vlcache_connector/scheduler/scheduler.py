@@ -9,6 +9,7 @@ clients and metrics how many tokens were cached.
 from __future__ import annotations
 
 import functools
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +24,6 @@ from ..protocol import (
     Item,
     Layout,
     Outcome,
-    PrefillFigures,
     ReusePlan,
     StepPlan,
     StepReport,
@@ -253,8 +253,7 @@ class SchedulerSide:
         if self._staging is None:
             return Staged(lookups)
         req_id = tracked.request.request_id
-        waited = self._staging.waited_seconds(req_id)
-        return Staged(lookups, waited, self._staging.tier_of(req_id))
+        return Staged(lookups, self._staging.tier_of(req_id))
 
     def _look_for(self, tracked: TrackedRequest, item: Item) -> Lookup:
         """Where an item's KV is, and whether it may be had."""
@@ -363,7 +362,11 @@ class SchedulerSide:
     ) -> None:
         """vLLM has allocated the claimed tokens: the claim is part of this step."""
         tracked = self._requests.get(request.request_id)
-        if tracked is None or tracked.staged is None:
+        if tracked is None:
+            return
+        waited = self._staging.waited_seconds(request.request_id) if self._staging else None
+        tracked.admitted(time.time(), waited)
+        if tracked.staged is None:
             return
         staged, layout = tracked.staged, tracked.staged.layout
         if num_external == 0:
@@ -376,7 +379,7 @@ class SchedulerSide:
                 self.statistics.looked_up(look.tier, outcome)
         if layout is None:
             if request.num_preemptions == 0:
-                self.statistics.waited_in_vain(staged.waited_seconds)
+                self.statistics.waited_in_vain(tracked.seconds.get("staging", 0.0))
             return
         if num_external != len(layout.claim):
             raise RuntimeError(
@@ -479,6 +482,12 @@ class SchedulerSide:
                 tracked.context_sent = True
                 plan.contexts.append(tracked.context())
         plan.num_tokens = output.total_num_scheduled_tokens
+        scheduled = map(self._requests.get, output.num_scheduled_tokens)
+        plan.prefilling = tuple(
+            tracked.request.request_id
+            for tracked in scheduled
+            if tracked is not None and tracked.is_prefilling
+        )
         if self._staging is not None:
             plan.fetches, plan.admitted, plan.unwanted = self._staging.take_plans()
         self._segments.settle()
@@ -488,6 +497,7 @@ class SchedulerSide:
 
     def update_from_report(self, report: StepReport) -> None:
         """Take in what the workers stored, lost and measured."""
+        report.settle()
         if self._staging is not None:
             self._staging.update(report.fetched)
         for key, ranks in report.stored.items():
@@ -498,32 +508,39 @@ class SchedulerSide:
         self._encoder_rows.update_from_report(report.encoder)
         self._learn(report)
         for req_id, figures in report.figures.items():
-            tracked = self._requests.get(req_id)
+            tracked = self._tracked(req_id)
             if tracked is not None:
-                self._take_figures(tracked, figures)
-            elif req_id in self._finishing:
-                tracked, params = self._finishing[req_id]
-                self._take_figures(tracked, figures)
-                params.update(tracked.report())
+                assert tracked.claimed is not None
+                tracked.claimed = loaded = tracked.claimed.loaded(figures)
+                waited = tracked.seconds.get("staging", 0.0)
+                self.statistics.loaded(loaded, {"staging": waited, **report.seconds})
+        for req_id in report.prefilling:
+            tracked = self._tracked(req_id)
             if tracked is not None:
-                logger.debug("VLCache: request %s: %s", req_id, tracked.report())
+                tracked.took(report.seconds, has_claim=req_id in report.figures)
+        for req_id, (tracked, params) in self._finishing.items():
+            params.update(tracked.report())
+            if tracked.request.num_output_tokens:
+                self.statistics.answered(tracked.seconds, tracked.tier)
+            logger.debug("VLCache: request %s: %s", req_id, params)
         self._finishing.clear()
 
-    def _take_figures(self, tracked: TrackedRequest, figures: PrefillFigures) -> None:
-        assert tracked.claimed is not None
-        tracked.claimed = loaded = tracked.claimed.loaded(figures)
-        self.statistics.loaded(loaded)
+    def _tracked(self, req_id: str) -> TrackedRequest | None:
+        """A request that has not ended before the step whose report comes in."""
+        ended, _ = self._finishing.get(req_id, (None, None))
+        return ended or self._requests.get(req_id)
 
     def _learn(self, report: StepReport) -> None:
         """What a claim costs, where a step had one alone."""
-        if len(report.figures) != 1:
+        load, prefill = report.seconds.get("load"), report.seconds.get("sparse_prefill")
+        if len(report.figures) != 1 or load is None or prefill is None:
             return
         [figures] = report.figures.values()
         if figures.fallback is None:
             self._break_even.learn(
                 reused=figures.reused_tokens,
                 computed=figures.computed_tokens,
-                seconds=figures.load_seconds + figures.sparse_prefill_seconds,
+                seconds=load + prefill,
                 tokens_per_second=self.statistics.prefill_speed,
             )
 

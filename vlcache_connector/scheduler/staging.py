@@ -211,10 +211,10 @@ class Staging:
         ticket = self._tickets.get(req_id)
         return None if ticket is None else ticket.tier
 
-    def waited_seconds(self, req_id: str) -> float:
-        """How long a request waited for its fetches."""
+    def waited_seconds(self, req_id: str) -> float | None:
+        """How long a request waited for its fetches; None: it still does, or never asked."""
         ticket = self._tickets.get(req_id)
-        return 0.0 if ticket is None else ticket.waited_seconds or 0.0
+        return None if ticket is None else ticket.waited_seconds
 
     def lookup(self, req_id: str, item: Item) -> Lookup:
         """What became of looking for an item's KV below host memory."""

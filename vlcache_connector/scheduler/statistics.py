@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping
 
 from .. import metrics
 from ..metrics import Metric, VLCacheStats
-from ..protocol import Outcome, StepReport, TierState, WorkerState
+from ..protocol import Outcome, StepReport, TierState, TTFTPart, WorkerState
 from .index import ResidencyIndex
 from .requests import Loaded
 
+_SPENT: frozenset[TTFTPart] = frozenset({"staging", "load", "sparse_prefill"})
+"""What reuse costs a request."""
 _SEGMENTS = {"stored": metrics.STORED_SEGMENTS, "evicted": metrics.EVICTED_SEGMENTS}
 
 
@@ -58,8 +60,12 @@ class Statistics:
             self._workers |= report.states
             self._set_worker_gauges()
 
-    def loaded(self, loaded: Loaded) -> None:
-        """A request's claim was filled."""
+    def loaded(self, loaded: Loaded, seconds: Mapping[TTFTPart, float]) -> None:
+        """A request's claim was filled.
+
+        Args:
+            seconds: of staging, load and sparse prefill, as far as they are known.
+        """
         figures = loaded.figures
         if figures.fallback is not None:
             self.happened(f"fallback.{figures.fallback.replace(' ', '_')}")
@@ -68,16 +74,20 @@ class Statistics:
             self._new.add(metrics.REUSED_TOKENS, tier, amount=figures.reused.get(item, 0))
         self._new.add(metrics.RECOMPUTED_TOKENS, amount=figures.recomputed_tokens)
         self._new.add(metrics.SPARSE_PREFILL_TOKENS, amount=figures.computed_tokens)
-        if figures.computed_tokens:
-            seconds = figures.sparse_prefill_seconds
-            self._new.observe(metrics.SPARSE_PREFILL_SECONDS, value=seconds)
-        load_seconds = loaded.staged.waited_seconds + figures.load_seconds
-        if figures.reused and loaded.tier is not None:
-            self._new.observe(metrics.LOAD_SECONDS, loaded.tier, value=load_seconds)
         speed = self.prefill_speed
-        if speed is not None:
-            spent = load_seconds + figures.sparse_prefill_seconds
+        if speed is not None and seconds.keys() >= _SPENT:
+            spent = sum(seconds[part] for part in _SPENT)
             self._saved(len(loaded.plan.claim) / speed - spent)
+
+    def answered(self, seconds: Mapping[TTFTPart, float], tier: str | None) -> None:
+        """A request that got its first token has ended.
+
+        Args:
+            seconds: of the parts of its time to first token that are known.
+            tier: slowest that something it reused was found in; None: it reused nothing.
+        """
+        for part, took in seconds.items():
+            self._new.observe(metrics.TTFT_PART_SECONDS, part, tier or metrics.NOWHERE, value=took)
 
     def waited_in_vain(self, seconds: float) -> None:
         """A request waited for disk and Redis, and claims nothing."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from ..attention.hook import write_kv
 from ..kernels.paged import turns_of
 from ..rope import RotarySpec, delta_angles, rotate
 from ..streams import LayerSource, Staged, upload
+from .stopwatch import Stopwatch
 
 Rows = slice | torch.Tensor
 """Offsets within a segment: a contiguous stretch, or int64 [n]."""
@@ -115,9 +115,7 @@ class Injection:
     Args:
         write: how rows get into the paged cache.
         staged: told what has been read of the segments, if these come through a ring.
-
-    Attributes:
-        seconds: host time spent in `write_layer`.
+        stopwatch: told when rows are written, and when the sparse prefill goes on.
     """
 
     def __init__(
@@ -126,11 +124,12 @@ class Injection:
         parts: Iterable[ReusedRows] = (),
         write: WriteRows = write_by_vllm,
         staged: Staged | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self._write = write
         self._staged = staged
+        self._stopwatch = stopwatch
         self._pending: list[list[ReusedRows]] = [[] for _ in range(num_layers)]
-        self.seconds = 0.0
         for part in parts:
             self.add(part)
 
@@ -141,10 +140,13 @@ class Injection:
 
     def write_layer(self, index: int, layer: Any) -> None:
         """Write the reused rows of decoder layer `index`, each once."""
-        start = time.perf_counter()
         parts, self._pending[index] = self._pending[index], []
+        stopwatch = self._stopwatch if parts else None
+        if stopwatch is not None:
+            stopwatch.start("load")
         for part in parts:
             self._write(index, layer, part)
         if self._staged is not None:
             self._staged.written(index)
-        self.seconds += time.perf_counter() - start
+        if stopwatch is not None:
+            stopwatch.start("sparse_prefill")

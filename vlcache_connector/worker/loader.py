@@ -17,6 +17,7 @@ from .encoder import EncoderRows
 from .injection import Injection, PlacedSegment, ReusedRows, Rows, WriteRows, rotation
 from .model import SparsePrefillModel
 from .sparse_prefill import PrefillJob, RequestInputs
+from .stopwatch import Stopwatch
 from .storage import Storage
 
 logger = init_logger(__name__)
@@ -201,7 +202,7 @@ class Loader:
             angles=None if angles is None else upload(angles, self._device),
         )
 
-    def injection(self, jobs: Sequence[PrefillJob]) -> Injection:
+    def injection(self, jobs: Sequence[PrefillJob], stopwatch: Stopwatch) -> Injection:
         """The reused rows of all jobs, as far as they are known before the prefill runs."""
         num_layers = self._shape.num_layers
         parts = []
@@ -215,7 +216,7 @@ class Loader:
                         layers = range(stage.first_layer, end)
                         rows = self._rows(spans, first)
                         parts.append(ReusedRows(job.placed[reuse.item], rows, layers))
-        return Injection(num_layers, parts, self._write, self._staged)
+        return Injection(num_layers, parts, self._write, self._staged, stopwatch)
 
     def _rows(self, spans: Sequence[Span], first: int) -> Rows:
         if len(spans) == 1:

@@ -6,7 +6,6 @@ vLLM seams: the worker-side methods of `KVConnectorBase_V1`
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -37,6 +36,7 @@ from .model import SparsePrefillModel
 from .pace import Pace
 from .ranks import agreed, all_ranks_have, in_lockstep
 from .sparse_prefill import RequestInputs, SparsePrefill
+from .stopwatch import Instant, Stopwatch, clock_of
 from .storage import Storage
 
 if TYPE_CHECKING:
@@ -117,6 +117,10 @@ class WorkerSide:
         """(request, item, content key) of captures that end with this step."""
         self._report = StepReport()
         self._invalid_blocks: set[int] = set()
+        self._stopwatch = Stopwatch(clock_of(device))
+        self._forward_began: Instant | None = None
+        """When vLLM's own forward did, while it runs."""
+        self._prefilling: tuple[str, ...] = ()
         observe_kv_writes(self)
 
     @contextmanager
@@ -141,6 +145,9 @@ class WorkerSide:
 
     def begin_step(self, plan: StepPlan) -> None:
         """Before anything runs: forget what is over and take in what is new."""
+        self._prefilling = plan.prefilling
+        with self._guarded("pace"):
+            self._stopwatch.restart()
         self._encoder_rows.begin_step(plan.encoder)
         for key in plan.dropped_segments:
             with self._guarded("drop"):
@@ -183,7 +190,7 @@ class WorkerSide:
     def expect_captures(self, captures: Sequence[CapturePlan]) -> None:
         """vLLM's own forward comes next: arm its captures."""
         with self._guarded("pace"):
-            self._pace.begin()
+            self._forward_began = self._stopwatch.start("forward")
         for capture in captures:
             with self._capturing():
                 self._expect_capture(capture)
@@ -219,19 +226,21 @@ class WorkerSide:
         request pays for nobody else. Only when that is impossible, too, its claim's blocks are
         reported as failed to load.
         """
-        start = time.perf_counter()
+        with self._guarded("pace"):
+            self._stopwatch.start("load")
         loaded = [LoadedPlan(plan) for plan in plans]
         try:
             with in_lockstep():
                 self._fetch(loaded)
-                fetch_seconds = time.perf_counter() - start
-                if self._fill(loaded, fetch_seconds):
+                with self._guarded("pace"):
+                    self._stopwatch.start("sparse_prefill")
+                if self._fill(loaded):
                     return
                 for entry in loaded:
-                    if len(loaded) > 1 and self._fill([entry], fetch_seconds):
+                    if len(loaded) > 1 and self._fill([entry]):
                         continue
                     entry.compute_everything("error")
-                    if not self._fill([entry], fetch_seconds):
+                    if not self._fill([entry]):
                         self._give_up(entry.plan)
         finally:
             with self._guarded("release"):
@@ -260,12 +269,10 @@ class WorkerSide:
         with self._guarded("load"):
             self._loader.stage(loaded)
 
-    def _fill(self, loaded: Sequence[LoadedPlan], fetch_seconds: float) -> bool:
+    def _fill(self, loaded: Sequence[LoadedPlan]) -> bool:
         """Run the sparse prefill of some plans; whether all went well, on all ranks."""
         try:
-            start = time.perf_counter()
-            computed, injection_seconds = self._compute(loaded)
-            compute_seconds = time.perf_counter() - start - injection_seconds
+            computed = self._compute(loaded)
         except Exception:
             self._report.failed("sparse prefill")
             logger.exception("VLCache: the sparse prefill of %d request(s) failed", len(loaded))
@@ -279,19 +286,17 @@ class WorkerSide:
                 reused={reuse.item: reuse.num_reused for reuse in plan.reused},
                 recomputed_tokens=plan.num_recomputed,
                 computed_by_layer=by_layer,
-                load_seconds=fetch_seconds + injection_seconds,
-                sparse_prefill_seconds=compute_seconds,
                 on_device=frozenset(entry.on_device),
                 fallback=entry.fallback,
             )
             self._completed += [(plan.req_id, item, key) for item, key in plan.captures.items()]
         return True
 
-    def _compute(self, loaded: Sequence[LoadedPlan]) -> tuple[list[tuple[int, ...]], float]:
+    def _compute(self, loaded: Sequence[LoadedPlan]) -> list[tuple[int, ...]]:
         """Run the sparse prefill of some plans.
 
         Returns:
-            Per plan the tokens that each layer computed, and the seconds spent on reused KV.
+            Per plan the tokens that each layer computed.
 
         Raises:
             Exception: something failed, on all ranks; they may go on with other plans.
@@ -306,8 +311,8 @@ class WorkerSide:
             self._encode([pair for pair, ok in zip(needed, everywhere, strict=True) if not ok])
             with agreed():
                 jobs = [self._loader.job(entry) for entry in loaded]
-                injection = self._loader.injection(jobs)
-            return self._prefill.run(jobs, injection), injection.seconds
+                injection = self._loader.injection(jobs, self._stopwatch)
+            return self._prefill.run(jobs, injection)
 
     def _encode(self, missing: Sequence[tuple[LoadedPlan, Item]]) -> None:
         """Run the vision encoder for items whose rows are not stored on every rank."""
@@ -369,14 +374,24 @@ class WorkerSide:
         if index is not None:
             self._prefill.before_layer(index, self._model.layers[layer_name])
 
+    def end_forward(self, num_tokens: int) -> None:
+        """vLLM's own forward is over, or queued on the device.
+
+        Args:
+            num_tokens: that it computed.
+        """
+        began, self._forward_began = self._forward_began, None
+        with self._guarded("pace"):
+            if began is not None:
+                self._pace.add(num_tokens, began, self._stopwatch.start(None))
+
     def end_step(self, num_tokens: int) -> None:
         """After the step's forwards: store the segments that are complete.
 
         Args:
             num_tokens: tokens that vLLM's own forward computed.
         """
-        with self._guarded("pace"):
-            self._pace.end(num_tokens)
+        self.end_forward(num_tokens)
         with self._capturing():
             self._capture.end_pass()
         completed, self._completed = self._completed, []
@@ -408,6 +423,10 @@ class WorkerSide:
             self._report.events |= self._storage.take_events()
         with self._guarded("report"):
             self._report.encoder = self._encoder_rows.take_report()
+        with self._guarded("report"):
+            # With speculative decoding, model runner V1 asks before it says that the forward ended.
+            self._report.laps = self._stopwatch.laps
+            self._report.prefilling = self._prefilling
         report, self._report = self._report, StepReport()
         if report.is_empty():
             return None

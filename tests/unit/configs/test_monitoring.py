@@ -94,8 +94,8 @@ def test_what_is_not_exported_is_found() -> None:
         ("vllm:vlcache_reused_tokens_total{place='cpu'}", {"place"}),
         ("vllm:vlcache_lookups_total / vllm:vlcache_lookups", {"vllm:vlcache_lookups"}),
         (
-            "rate(vllm:vlcache_lookups_total[5m]) + vllm:vlcache_load_seconds",
-            {"vllm:vlcache_load_seconds"},
+            "rate(vllm:vlcache_lookups_total[5m]) + vllm:vlcache_ttft_part_seconds",
+            {"vllm:vlcache_ttft_part_seconds"},
         ),
     ):
         assert unknown(query) == expected

@@ -14,7 +14,7 @@ from vllm.v1.request import Request
 
 from tests.helpers.made_requests import feature, request
 from vlcache_connector.config import ConfigError, RequestOptions, VLCacheConfig
-from vlcache_connector.protocol import Item, PrefillFigures, ReusePlan, Span
+from vlcache_connector.protocol import Item, PrefillFigures, ReusePlan, Span, TTFTPart
 from vlcache_connector.scheduler.requests import (
     Claimed,
     Lookup,
@@ -172,11 +172,10 @@ def test_other_errors_of_reading_options_are_not_swallowed() -> None:
 
 def test_a_report_has_the_tokens_of_the_widest_layer_and_the_sum_over_layers() -> None:
     tracked = tracked_one()
-    tracked.staged = Staged((), waited_seconds=0.125)
+    tracked.staged = Staged(())
+    tracked.seconds = {"queue": 0.1234567, "load": 0.25}
     claimed = Claimed(PLAN, {0: "cpu", 1: "cpu"}, tracked.staged)
-    tracked.claimed = claimed.loaded(
-        PrefillFigures({0: 60, 1: 30}, 10, (30, 30, 24, 20), 0.25, 1.5)
-    )
+    tracked.claimed = claimed.loaded(PrefillFigures({0: 60, 1: 30}, 10, (30, 30, 24, 20)))
     assert tracked.report() == {
         "reused_tokens": 90,
         "recomputed_tokens": 10,
@@ -184,9 +183,7 @@ def test_a_report_has_the_tokens_of_the_widest_layer_and_the_sum_over_layers() -
         "computed_token_layers": 104,
         "approximate_prefix_tokens": 0,
         "tier": "cpu",
-        "fetch_seconds": 0.125,
-        "load_seconds": 0.25,
-        "sparse_prefill_seconds": 1.5,
+        "ttft_part_seconds": {"queue": 0.123457, "load": 0.25},
         "fallback": None,
     }
 
@@ -197,6 +194,62 @@ def test_a_report_without_reuse_is_empty_but_for_the_refusal() -> None:
     report = tracked.report()
     assert report.pop("fallback") == "gate"
     assert not any(report.values())
+
+
+def arrived(
+    frontend: dict[TTFTPart, float] | None = None, at: float = 100.0, **fields: Any
+) -> TrackedRequest:
+    """A request that arrived at a time."""
+    extra = None if frontend is None else {"vlcache_seconds": frontend}
+    params = SamplingParams(max_tokens=1, extra_args=extra)
+    made = request(feature("a", 10, 20), sampling_params=params, arrival_time=at)
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return track(made)
+
+
+def test_the_queue_is_what_is_left_of_the_way_to_the_first_step() -> None:
+    tracked = arrived({"media": 0.5, "processor": 0.25})
+    tracked.admitted(102.0, 1.0)
+    assert tracked.seconds == {"media": 0.5, "processor": 0.25, "staging": 1.0, "queue": 0.25}
+
+
+def test_what_is_not_known_is_absent() -> None:
+    tracked = arrived()
+    tracked.admitted(100.5, None)
+    assert tracked.seconds == {"queue": 0.5}
+    other_clock = arrived()
+    other_clock.admitted(99.0, 0.25)
+    assert other_clock.seconds == {"staging": 0.25}
+
+
+def test_a_request_that_is_preempted_was_queued_once() -> None:
+    tracked = arrived()
+    tracked.admitted(101.0, None)
+    tracked.request.num_preemptions = 1
+    tracked.admitted(109.0, None)
+    assert tracked.seconds == {"queue": 1.0}
+
+
+def test_the_steps_of_a_prefill_add_up_and_a_neighbours_claim_is_none_of_it() -> None:
+    tracked = arrived()
+    step: dict[TTFTPart, float] = {"load": 0.25, "sparse_prefill": 0.5, "forward": 1.0}
+    tracked.took(step, has_claim=True)
+    tracked.took(step, has_claim=False)
+    tracked.took({}, has_claim=True)
+    assert tracked.seconds == {"load": 0.25, "sparse_prefill": 0.5, "forward": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("computed", "tokens", "expected"),
+    [(0, 0, True), (99, 0, True), (100, 0, False), (100, 1, False), (0, 1, False)],
+    ids=["new", "chunked", "its token is on the way", "decoding", "preempted behind its prefill"],
+)
+def test_a_prefill_ends_with_the_prompt(computed: int, tokens: int, expected: bool) -> None:
+    tracked = arrived(num_computed_tokens=computed)
+    if tokens:
+        tracked.request.append_output_token_ids([1] * tokens)
+    assert tracked.is_prefilling == expected
 
 
 def test_a_fallback_is_told_before_a_refusal() -> None:

@@ -19,6 +19,7 @@ from vlcache_connector.protocol import (
     Stage,
     StepReport,
     TierState,
+    TTFTPart,
     WorkerState,
 )
 from vlcache_connector.scheduler.index import ResidencyIndex
@@ -60,18 +61,19 @@ def state(
     return WorkerState(tokens_per_second, {"disk": TierState(breaker, latency, speed)})
 
 
-def loaded_request(figures: PrefillFigures, waited_seconds: float = 0.0) -> Loaded:
+def loaded_request(figures: PrefillFigures) -> Loaded:
     """A request with two images of 20 tokens each, behind 10 tokens of text each."""
     reused = tuple(
         ItemReuse(i, f"key {i}", Span(start, start + 20), (Stage(0, (Span(start, start + 2),)),))
         for i, start in enumerate((10, 40))
     )
-    staged = Staged((), waited_seconds, "disk")
+    staged = Staged((), "disk")
     claimed = Claimed(ReusePlan(Span(0, 60), reused, "r", ()), {0: "cpu", 1: "disk"}, staged)
     return claimed.loaded(figures)
 
 
-FIGURES = PrefillFigures({0: 18, 1: 18}, 4, (24, 24), load_seconds=0.5, sparse_prefill_seconds=0.25)
+FIGURES = PrefillFigures({0: 18, 1: 18}, 4, (24, 24))
+SECONDS: dict[TTFTPart, float] = {"staging": 0.125, "load": 0.5, "sparse_prefill": 0.25}
 
 
 def test_nothing_is_told_while_nothing_happens(world: World) -> None:
@@ -154,26 +156,44 @@ def test_lookups_are_counted_by_tier_and_outcome(world: World, outcome: Outcome)
 
 def test_a_loaded_request_is_counted_by_the_tiers_of_its_images(world: World) -> None:
     world.statistics.take_report(StepReport(states={0: state(tokens_per_second=20.0)}))
-    world.statistics.loaded(loaded_request(FIGURES, waited_seconds=0.125))
+    world.statistics.loaded(loaded_request(FIGURES), {**SECONDS, "forward": 9.0})
     stats = world.statistics.take()
     assert values(stats, metrics.LOOKUPS) == {("cpu", "hit"): 1, ("disk", "hit"): 1}
     assert values(stats, metrics.REUSED_TOKENS) == {("cpu",): 18, ("disk",): 18}
     assert values(stats, metrics.RECOMPUTED_TOKENS) == {(): 4}
     assert values(stats, metrics.SPARSE_PREFILL_TOKENS) == {(): 24}
-    assert values(stats, metrics.LOAD_SECONDS) == {("disk",): [0.625]}
-    assert values(stats, metrics.SPARSE_PREFILL_SECONDS) == {(): [0.25]}
     # 60 claimed tokens would have taken 3 s.
-    assert values(stats, metrics.NET_SAVED_SECONDS) == {(): pytest.approx(3 - 0.625 - 0.25)}
+    assert values(stats, metrics.NET_SAVED_SECONDS) == {(): pytest.approx(3 - 0.875)}
     assert values(stats, metrics.FELL_BACK) == {}
 
 
-@pytest.mark.parametrize(("speed", "saved"), [(None, {}), (100.0, {(): 0.6 - 0.5 - 0.25})])
+@pytest.mark.parametrize(("speed", "saved"), [(None, {}), (100.0, {(): 0.6 - 0.875})])
 def test_a_request_that_lost_time_counts_and_one_of_unknown_worth_does_not(
     world: World, speed: float | None, saved: dict[tuple[str, ...], float]
 ) -> None:
     world.statistics.take_report(StepReport(states={0: state(tokens_per_second=speed)}))
-    world.statistics.loaded(loaded_request(FIGURES))
+    world.statistics.loaded(loaded_request(FIGURES), SECONDS)
     assert world.taken(metrics.NET_SAVED_SECONDS) == pytest.approx(saved)
+
+
+@pytest.mark.parametrize("part", SECONDS)
+def test_nothing_is_saved_by_a_load_of_unknown_cost(world: World, part: TTFTPart) -> None:
+    world.statistics.take_report(StepReport(states={0: state()}))
+    known = {other: took for other, took in SECONDS.items() if other != part}
+    world.statistics.loaded(loaded_request(FIGURES), known)
+    assert world.taken(metrics.NET_SAVED_SECONDS) == {}
+
+
+def test_parts_of_the_time_to_first_token_are_observed_by_tier(world: World) -> None:
+    assert set(get_args(TTFTPart)) == set(metrics.PARTS)
+    world.statistics.answered({"queue": 0.5, "forward": 0.25}, None)
+    world.statistics.answered({"queue": 0.75, "staging": 0.0}, "redis")
+    assert world.taken(metrics.TTFT_PART_SECONDS) == {
+        ("queue", "none"): [0.5],
+        ("forward", "none"): [0.25],
+        ("queue", "redis"): [0.75],
+        ("staging", "redis"): [0.0],
+    }
 
 
 def test_what_requests_wait_for_in_vain_is_lost(world: World) -> None:
@@ -186,17 +206,15 @@ def test_what_requests_wait_for_in_vain_is_lost(world: World) -> None:
 
 def test_what_was_lost_at_the_load_is_a_failed_lookup_and_a_fallback(world: World) -> None:
     figures = PrefillFigures({0: 18}, 2, (42, 42), fallback="segment lost")
-    world.statistics.loaded(loaded_request(figures))
+    world.statistics.loaded(loaded_request(figures), SECONDS)
     stats = world.statistics.take()
     assert values(stats, metrics.LOOKUPS) == {("cpu", "hit"): 1, ("disk", "failed"): 1}
     assert values(stats, metrics.FELL_BACK) == {("segment_lost",): 1}
     assert values(stats, metrics.REUSED_TOKENS)[("cpu",)] == 18
-    world.statistics.loaded(loaded_request(PrefillFigures(fallback="failed")))
+    world.statistics.loaded(loaded_request(PrefillFigures(fallback="failed")), {})
     stats = world.statistics.take()
     assert values(stats, metrics.LOOKUPS) == {("cpu", "failed"): 1, ("disk", "failed"): 1}
     assert values(stats, metrics.FELL_BACK) == {("failed",): 1}
-    assert values(stats, metrics.LOAD_SECONDS) == {}
-    assert values(stats, metrics.SPARSE_PREFILL_SECONDS) == {}
 
 
 def test_two_ranks_sum_their_bytes_and_count_tokens_and_segments_once(world: World) -> None:
@@ -219,7 +237,7 @@ def test_two_ranks_sum_their_bytes_and_count_tokens_and_segments_once(world: Wor
         world.rows.stored(key, count)
     world.statistics.take_report(report)
     [figures] = report.figures.values()
-    world.statistics.loaded(loaded_request(figures))
+    world.statistics.loaded(loaded_request(figures), SECONDS)
     stats = world.statistics.take()
     assert values(stats, metrics.READ_BYTES) == {("disk",): 201}
     assert values(stats, metrics.STORED_SEGMENTS) == {("kv",): 1, ("encoder",): 1}

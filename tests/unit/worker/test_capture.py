@@ -511,7 +511,7 @@ def worker(tiny_model: Callable[..., Path], store: LMCacheSegmentStore) -> Itera
         storage,
         EncoderRows(storage, torch.device("cpu")),
         rank=0,
-        pace=Pace(torch.device("cpu")),
+        pace=Pace(),
         vllm_config=config,
         kv_cache_config=KVCacheConfig(4, [], [group]),
         device=torch.device("cpu"),

@@ -22,6 +22,7 @@ from vlcache_connector.worker.injection import (
     Rows,
     rotation,
 )
+from vlcache_connector.worker.stopwatch import Stopwatch
 
 NUM_LAYERS, N, HEADS, DIM = 3, 12, 2, 8
 PLAIN = RotarySpec(torch.tensor([1.0, 0.3, 0.1, 0.03]), DIM, DIM, is_neox=True)
@@ -265,8 +266,13 @@ def test_reused_kv_is_not_observed() -> None:
         observe_kv_writes(None)
 
 
-def test_time_that_writing_takes_is_counted() -> None:
-    injection = Injection(NUM_LAYERS, [ReusedRows(place(), slice(0, N), range(1))])
-    assert injection.seconds == 0.0
+def test_writing_is_timed_and_the_sparse_prefill_around_it() -> None:
+    instants = iter([1.0, 2.0, 3.5, 6.0])
+    stopwatch = Stopwatch(lambda: next(instants))
+    parts = [ReusedRows(place(), slice(0, N), range(1))]
+    injection = Injection(NUM_LAYERS, parts, stopwatch=stopwatch)
+    stopwatch.start("sparse_prefill")
     injection.write_layer(0, make_layer())
-    assert injection.seconds > 0.0
+    injection.write_layer(1, make_layer())  # nothing is to be written
+    stopwatch.start("forward")
+    assert stopwatch.laps.seconds() == {"load": 1.5, "sparse_prefill": 3.5}

@@ -281,7 +281,7 @@ def test_a_load_that_takes_longer_than_computing_is_not_made(
 ) -> None:
     store = make_store()
     put(store, "a/0")
-    pace = Pace(torch.device("cpu"), pinned=1000.0)
+    pace = Pace(pinned=1000.0)
     moving = transfers(store, disk(tmp_path, speed=speed), pace=pace)
     moving.write(SegmentId("a/0", "kv"))
     assert moving.flush(20.0)
@@ -313,7 +313,7 @@ def test_a_read_that_takes_too_long_is_not_begun_again(
     slow = SlowReads(tmp_path, "test", MIB, None)
     store = make_store()
     put(store, "a/0")
-    pace = Pace(torch.device("cpu"), pinned=1000.0)
+    pace = Pace(pinned=1000.0)
     guarded = GuardedTier(slow, CircuitBreaker("disk"))
     moving = transfers(store, guarded, pace=pace, read_seconds=0.2)
     moving.write(SegmentId("a/0", "kv"))
@@ -355,16 +355,13 @@ def test_the_state_of_a_tier_is_what_loads_are_weighed_by(
 
 
 def test_pace_is_learned_from_long_steps_only() -> None:
-    pace = Pace(torch.device("cpu"))
-    pace.begin()
-    pace.end(8)
+    pace = Pace()
+    pace.add(8, 1.0, 1.5)
     assert pace.tokens_per_second is None
-    pace.begin()
-    time.sleep(0.02)
-    pace.end(200)
-    assert pace.tokens_per_second is not None
-    assert 1_000 < pace.tokens_per_second <= 10_000
-    pinned = Pace(torch.device("cpu"), pinned=7.0)
-    pinned.begin()
-    pinned.end(200)
+    pace.add(200, 1.0, 1.5)
+    assert pace.tokens_per_second == 400.0
+    pace.add(300, 2.0, 2.5)
+    assert pace.tokens_per_second == 440.0
+    pinned = Pace(pinned=7.0)
+    pinned.add(200, 1.0, 1.5)
     assert pinned.tokens_per_second == 7.0
