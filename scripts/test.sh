@@ -3,6 +3,7 @@
 #
 #   scripts/test.sh            everything
 #   scripts/test.sh fast       unit tests, and exactness on one real engine
+#   scripts/test.sh next       contracts, exactness and a server, on vLLM 0.33
 #   scripts/test.sh ARGUMENTS  what pytest is told to run (tests/README.md)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,10 +21,21 @@ unset PYTHONDONTWRITEBYTECODE
 # Without a GPU, Triton kernels run in Triton's interpreter.
 if [ "$device" = cpu ]; then export TRITON_INTERPRET=1; fi
 
-if [ "${1:-}" = fast ]; then
+case ${1:-} in
+fast)
     shift
     set -- -m "unit or fast" "$@"
-fi
+    ;;
+next)
+    shift
+    overlay=$(.venv/bin/python scripts/overlay_vllm.py 0.33.0)
+    export PYTHONPATH=$overlay
+    set -- tests/unit/test_seams.py tests/unit/test_content.py tests/unit/test_media.py \
+        tests/engine/test_contracts.py tests/engine/test_exactness.py \
+        tests/engine/test_lifecycle.py tests/engine/test_encoder_rows.py \
+        tests/engine/test_vllm_features.py tests/server/test_serve.py "$@"
+    ;;
+esac
 
 status=0
 .venv/bin/ruff check || status=$?

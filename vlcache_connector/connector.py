@@ -150,6 +150,11 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             device=device,
         )
 
+    def unregister_kv_caches(self) -> None:
+        """vLLM falls asleep and frees its device memory; from 0.33 on, it says so."""
+        if self._worker is not None:
+            self._worker.free_device_memory()
+
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """A step begins. Without loads this is the last call before vLLM's own forward."""
         super().bind_connector_metadata(connector_metadata)

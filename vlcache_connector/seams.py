@@ -21,6 +21,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 DISTRIBUTION = "vlcache-connector"
 
@@ -37,6 +38,7 @@ class Seam:
             Otherwise all further parameters need defaults.
         fields: attributes, methods or members of a class or its objects.
         in_source: look into the file, which wants a GPU or takes long to import.
+        since: the release that brought it, where not all do; in older ones nothing is looked for.
     """
 
     where: str
@@ -45,6 +47,12 @@ class Seam:
     is_exact: bool = False
     fields: tuple[str, ...] = ()
     in_source: bool = False
+    since: str | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this vLLM should have it."""
+        return self.since is None or Version(_find("vllm:__version__")) >= Version(self.since)
 
 
 @dataclass(frozen=True)
@@ -70,10 +78,10 @@ def _has(where: str, user: str, fields: str) -> Seam:
     return Seam(where, user, fields=tuple(fields.split()))
 
 
-def _replaced(owner: str, user: str, **methods: str) -> list[Seam]:
+def _replaced(owner: str, user: str, since: str | None = None, **methods: str) -> list[Seam]:
     """Methods that we override or patch, with their parameters."""
     return [
-        Seam(f"{owner}.{method}", user, tuple(parameters.split()), is_exact=True)
+        Seam(f"{owner}.{method}", user, tuple(parameters.split()), is_exact=True, since=since)
         for method, parameters in methods.items()
     ]
 
@@ -230,6 +238,9 @@ SEAMS: tuple[Seam, ...] = (
     ),
     *_replaced(
         f"{_KV_BASE}:SupportsHMA", "connector.py", request_finished_all_groups="request block_ids"
+    ),
+    *_replaced(
+        f"{_KV_BASE}:KVConnectorBase_V1", "connector.py", since="0.33", unregister_kv_caches=""
     ),
     *_replaced(
         f"{_KV_BASE}:KVConnectorBase_V1",
@@ -701,6 +712,8 @@ def _behaviour() -> list[Change]:
 
 def _problem(seam: Seam) -> str | None:
     try:
+        if not seam.is_due:
+            return None
         taken, fields = (_written if seam.in_source else _imported)(seam)
     except (ImportError, AttributeError, OSError):
         return "is not there"

@@ -268,6 +268,15 @@ def test_no_fault_of_redis_fails_a_request(
     assert_recomputed(answer, engines, Ask(f"killed {IMAGE}", ((198, 224),)))
 
 
+def fall_asleep(llm: Any) -> None:
+    """What vLLM 0.33's worker calls before it frees device memory, and after."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    group: Any = get_kv_transfer_group()
+    group.unregister_kv_caches()
+    assert group._worker._storage._device.used_bytes == 0
+
+
 def test_device_memory_keeps_what_was_used_last(engines: Callable[..., Engine]) -> None:
     engine = engines(EXACT | {"device_bytes": "64MiB"})
     engine.ask(DONOR)
@@ -276,6 +285,10 @@ def test_device_memory_keeps_what_was_used_last(engines: Callable[..., Engine]) 
     assert first.figures is not None
     assert second.figures is not None
     assert (first.figures["tier"], second.figures["tier"]) == ("cpu", "device")
+    engine.call(fall_asleep)
+    [awake] = engine.ask(Ask(f"yet {MOVED.text}", MOVED.images, max_tokens=4))
+    assert awake.figures is not None
+    assert awake.figures["tier"] == "cpu"
     plain = engines(EXACT)
     plain.ask(DONOR)
     [expected] = plain.ask(MOVED)

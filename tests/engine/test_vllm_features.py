@@ -65,6 +65,25 @@ def structured(llm: Any, ask: Ask) -> str:
     return output.outputs[0].text
 
 
+def test_speculative_decoding(engines: Callable[..., Engine]) -> None:
+    """vLLM then asks for a step's report before it says that the step is over."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    engine = engines({}, speculative_config=ngram | {"prompt_lookup_min": 1})
+    words = "the cat sat on the mat, " * 3
+    exact = {"recompute_ratio": 1.0}
+    donor = Ask(f"{words} {IMAGE} {IMAGE}", (A, B), max_tokens=8)
+    target = Ask(f"{words} and {IMAGE} {IMAGE} the", (B, A), max_tokens=12, vlcache=exact)
+    [cold], [warm] = engine.ask(donor), engine.ask(target)
+    [moved] = engine.ask(replace(target, text=f"so {target.text}", vlcache=None))
+    [expected_cold] = engines(None).ask(donor)
+    [expected_warm] = engines(None).ask(replace(target, vlcache=None))
+    assert (cold.tokens, warm.tokens) == (expected_cold.tokens, expected_warm.tokens)
+    assert warm.figures is not None
+    assert warm.figures["recomputed_tokens"] > 0
+    assert moved.figures is not None
+    assert moved.figures["reused_tokens"] > 0
+
+
 def test_structured_output(engine: Engine) -> None:
     ask = Ask(f"answer yes or no about {IMAGE} please", (A,), max_tokens=16)
     assert engine.call(structured, ask) in ("yes", "no")

@@ -158,12 +158,12 @@ def test_a_bad_key(doctor: Doctor) -> None:
 
 def test_an_unsupported_vllm(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     of = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda name: "0.33.1" if name == "vllm" else of(name))
+    monkeypatch.setattr(metadata, "version", lambda name: "0.34.1" if name == "vllm" else of(name))
     status, rows, [line] = doctor()
     assert status == 1
     assert rows["vllm"]["result"] == "failure"
     wanted = seams.supported("vllm")
-    assert line == f"vlcache doctor: vllm: 0.33.1; {wanted} is needed; pip install 'vllm{wanted}'"
+    assert line == f"vlcache doctor: vllm: 0.34.1; {wanted} is needed; pip install 'vllm{wanted}'"
 
 
 @needs_triton

@@ -86,8 +86,10 @@ def test_every_file_of_the_table_exists_and_uses_vllm() -> None:
     "cls", [connector.VLCacheConnector, encoder_connector.VLCacheEncoderConnector]
 )
 def test_the_table_has_all_methods_that_stand_in_place_of_vllms(cls: type) -> None:
-    listed = {seam.where.rpartition(".")[2] for seam in SEAMS if seam.is_exact}
+    exact = [seam for seam in SEAMS if seam.is_exact]
+    listed = {seam.where.rpartition(".")[2] for seam in exact}
     inherited = {name for base in cls.__mro__[1:-1] for name in vars(base)}
+    inherited |= {seam.where.rpartition(".")[2] for seam in exact if not seam.is_due}
     for name, member in vars(cls).items():
         if callable(member) or isinstance(member, classmethod):
             if name.startswith("_"):
@@ -210,10 +212,11 @@ def test_one_line_says_what_has_changed_and_what_to_do(monkeypatch: pytest.Monke
 
 def test_versions_come_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "0.32.0" in seams.supported("vllm")
-    assert "0.33.0" not in seams.supported("vllm")
+    assert "0.33.0" in seams.supported("vllm")
+    assert "0.34.0" not in seams.supported("vllm")
     assert seams.untested_version() is None
-    monkeypatch.setattr(vllm, "__version__", "0.33.0rc1")
-    assert "vLLM 0.33.0rc1 is untested" in (seams.untested_version() or "")
+    monkeypatch.setattr(vllm, "__version__", "0.34.0rc1")
+    assert "vLLM 0.34.0rc1 is untested" in (seams.untested_version() or "")
 
 
 def test_the_connectors_are_handed_out_only_over_intact_seams(
@@ -255,3 +258,15 @@ def test_all_files_that_are_asked_for_have_seams(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(seams, "intact", lambda user: asked.append(user) or intact(user))
     vlcache_connector.register()
     assert {"__init__.py", "frontend.py", "attention/hook.py", "worker/loaded.py"} <= set(asked)
+
+
+def test_what_a_later_release_brings_is_not_looked_for_in_older_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    later = Seam("vllm.config:VllmConfig.made_up", "x.py", (), since="0.33")
+    monkeypatch.setattr(vllm, "__version__", "0.32.1")
+    assert check_seams([later]) == []
+    for version in ("0.33.0", "0.33.1+cu130"):
+        monkeypatch.setattr(vllm, "__version__", version)
+        [change] = check_seams([later])
+        assert change.problem == "is not there"

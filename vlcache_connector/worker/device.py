@@ -121,6 +121,11 @@ class DeviceSegments:
         if entry is not None:
             self._used -= entry[1].kv.nbytes
 
+    def clear(self) -> None:
+        """Forget all segments."""
+        self._segments.clear()
+        self._used = 0
+
     @property
     def used_bytes(self) -> int:
         """Device memory of all segments."""

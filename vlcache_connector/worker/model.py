@@ -75,6 +75,12 @@ class SparsePrefillModel:
         context = vllm_config.compilation_config.static_forward_context
         self.layers: dict[str, Any] = {name: context[name] for name in self.layer_names}
         self.rotary = self._common_rotary()
+        # From vLLM 0.33 on; such a kernel rotates keys, too.
+        if any(getattr(layer, "kv_cache_update_bypass", False) for layer in self.layers.values()):
+            raise UnsupportedError(
+                "this model's own kernel writes its KV cache, past the write that segments are "
+                "captured at; remove --kv-transfer-config"
+            )
 
     def _common_rotary(self) -> RotarySpec:
         specs: dict[str, RotarySpec] = {}

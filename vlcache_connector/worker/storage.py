@@ -124,6 +124,11 @@ class Storage:
                 found = self._device.promote(found, self._num_layers)
         return found
 
+    def free_device_memory(self) -> None:
+        """Forget the copies in device memory."""
+        if self._device is not None:
+            self._device.clear()
+
     def is_on_device(self, key: str) -> bool:
         """Whether `get` needs no copy from host memory."""
         return self._device is not None and key in self._device

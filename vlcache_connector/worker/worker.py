@@ -143,6 +143,11 @@ class WorkerSide:
             with suppress(Exception):
                 self._capture.end_pass()
 
+    def free_device_memory(self) -> None:
+        """Forget the copies of segments in device memory; all of them are in host memory, too."""
+        with self._guarded("device"):
+            self._storage.free_device_memory()
+
     def begin_step(self, plan: StepPlan) -> None:
         """Before anything runs: forget what is over and take in what is new."""
         self._prefilling = plan.prefilling

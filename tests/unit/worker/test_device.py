@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -91,10 +92,11 @@ def test_a_device_without_room_is_one_line_and_the_segment_stays_where_it_is(
     assert len(device) == device.used_bytes == 0
 
 
-def test_what_is_removed_takes_no_memory() -> None:
+@pytest.mark.parametrize("forget", [lambda device: device.remove("a"), DeviceSegments.clear])
+def test_what_is_removed_takes_no_memory(forget: Callable[[DeviceSegments], None]) -> None:
     device = make(BYTES)
     device.promote(segment("a", []), LAYERS)
-    device.remove("a")
-    device.remove("a")
+    forget(device)
+    forget(device)
     assert device.used_bytes == 0
     assert device.get("a") is None
