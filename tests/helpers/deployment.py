@@ -8,8 +8,6 @@ from typing import Any
 
 import yaml
 from serving import ROOT
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vlcache_connector.metrics import Metric
 
@@ -25,7 +23,10 @@ FROM_VLLM = (Metric("vllm:time_to_first_token_seconds", "histogram", "of vLLM it
 
 
 def parse_command(args: list[str]) -> Any:
-    """The arguments of `vllm serve`, read by its own parser."""
+    """The arguments of `vllm serve`, read by its own parser (where vLLM 0.32 has it)."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(args)
     validate_parsed_serve_args(parsed)
     return parsed
