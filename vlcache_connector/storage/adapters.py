@@ -17,8 +17,7 @@ ADAPTER_TYPES = ("fs", "fs_native", "plugin", "resp", "valkey")
 
 _COMMON = {"type", "eviction", "serde", "shared", "persist_enabled"}
 _PACKAGES = {"valkey": ("glide_sync", "valkey-glide-sync")}
-_KEEPS_READING = ("fs",)
-"""Adapters that may write into memory after they were closed."""
+_NEVER_RECONNECTS = ("resp",)
 
 
 def guarded_configs(
@@ -45,7 +44,7 @@ def guarded_configs(
     return [
         GuardedConfig(
             config,
-            can_rebuild=spec["type"] not in _KEEPS_READING,
+            reconnects=spec["type"] not in _NEVER_RECONNECTS,
             lookup_seconds=lookup_seconds,
             transfer_seconds=transfer_seconds,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -337,8 +336,6 @@ def _layout(num_bytes: int) -> MemoryLayoutDesc:
 
 
 def _start(num_bytes: int, adapters: Sequence[GuardedConfig]) -> StorageManager:
-    os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
-    os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")
     from lmcache.v1.distributed.config import (
         DRAML1ManagerConfig,
         EvictionConfig,

@@ -2,13 +2,13 @@
 
 * Every object is checked before LMCache may show it: a damaged one is a miss, and never resident.
 * A lookup is over in time: LMCache asks all adapters, and waits for the slowest.
-* An adapter whose server is away, at start or later, is made anew in a thread. Until then it has
+* An adapter whose server is away at start is made in a thread, again and again. Until then it has
   nothing, and takes nothing.
 * A batch is split by length of the objects, which some adapters take for granted.
 
-Loads and stores are never given up while the adapter may still touch their memory. One that takes
-too long, or a store that fails, has the adapter closed, which ends its threads, and made anew: some
-never connect again by themselves, nor notice that nobody answers.
+Loads and stores are never given up while the adapter may still touch their memory. An adapter that
+neither connects again by itself nor notices that nobody answers is closed, which ends its threads,
+and made anew when a store fails or anything takes too long.
 """
 
 from __future__ import annotations
@@ -63,10 +63,11 @@ class GuardedConfig(L2AdapterConfigBase):
 
     Args:
         inner: the adapter's own.
-        can_rebuild: `inner`'s adapter ends its threads when it is closed, so that another may take
-            its place.
+        reconnects: the adapter bounds its own calls and connects again by itself. If not, it has to
+            end its threads when it is closed.
         lookup_seconds: a lookup that takes longer found nothing.
-        transfer_seconds: after anything that takes longer the adapter is made anew.
+        transfer_seconds: after anything that takes longer, an adapter that does not reconnect is
+            made anew.
         start_seconds: how long to wait for it to be made the first time.
     """
 
@@ -74,13 +75,13 @@ class GuardedConfig(L2AdapterConfigBase):
         self,
         inner: L2AdapterConfigBase,
         *,
-        can_rebuild: bool = True,
+        reconnects: bool,
         lookup_seconds: float = 0.5,
         transfer_seconds: float = 10.0,
         start_seconds: float = 5.0,
     ) -> None:
         self.inner_config = inner  # the name under which LMCache looks for it
-        self.can_rebuild = can_rebuild
+        self.reconnects = reconnects
         self.lookup_seconds = lookup_seconds
         self.transfer_seconds = transfer_seconds
         self.start_seconds = start_seconds
@@ -103,12 +104,12 @@ class Counters:
 
     Attributes:
         refused: objects that were loaded and refused, by reason.
-        overdue: operations that took too long.
+        overdue: lookups that took too long.
         rebuilt: how often the adapter was made anew.
     """
 
     refused: dict[RefusalReason, int] = field(default_factory=dict)
-    overdue: dict[Operation, int] = field(default_factory=lambda: dict.fromkeys(_OPERATIONS, 0))
+    overdue: int = 0
     rebuilt: int = 0
 
 
@@ -388,12 +389,10 @@ class GuardedAdapter(L2AdapterInterface):
                 age = now - task.since
                 is_overdue = task.operation == "lookup" and age > self._config.lookup_seconds
                 if is_overdue and not task.answered:
-                    self.counters.overdue["lookup"] += 1
+                    self.counters.overdue += 1
                     task.done.clear()
                     self._answer(task)
                 if age > self._config.transfer_seconds:
-                    if not task.answered:
-                        self.counters.overdue[task.operation] += 1
                     self._rebuild(f"a {task.operation} took more than {age:.0f} s")
                     return
 
@@ -403,7 +402,7 @@ class GuardedAdapter(L2AdapterInterface):
         """Close the inner adapter and make another; called by the guard's own thread, which may
         otherwise wait for what the inner adapter signals."""
         inner, parts = self._inner, self._parts
-        if inner is None or not self._config.can_rebuild or time.monotonic() < self._rebuild_at:
+        if inner is None or self._config.reconnects or time.monotonic() < self._rebuild_at:
             return
         self._rebuild_at = time.monotonic() + self._rebuild_pause
         self._rebuild_pause = min(2 * self._rebuild_pause, _LONGEST_PAUSE)
