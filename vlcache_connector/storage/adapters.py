@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import json
@@ -58,6 +59,8 @@ def _check(name: str, spec: Mapping[str, Any]) -> None:
     kind = spec.get("type")
     if kind not in ADAPTER_TYPES:
         raise ValueError(f"{name}.type={kind!r}: one of {', '.join(ADAPTER_TYPES)} is allowed")
+    # Else LMCache imports adapters one by one until it finds it, and all that they need.
+    importlib.import_module(f"lmcache.v1.distributed.l2_adapters.{kind}_l2_adapter")
     # LMCache ignores keys that it doesn't know.
     arguments = inspect.signature(get_l2_adapter_config_class(kind).__init__).parameters
     allowed = _COMMON | {argument for argument in arguments if argument != "self"}
