@@ -23,6 +23,7 @@ SUPPORTED_ARCHITECTURES = frozenset(
         "Qwen2VLForConditionalGeneration",
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
         "LlavaOnevisionForConditionalGeneration",
     }
 )

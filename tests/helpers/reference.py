@@ -332,7 +332,8 @@ class Reference:
                 hidden, index, positions = hidden[stays], index[stays], positions[:, stays]
             x = layer.input_layernorm(hidden)
             hidden = hidden + self._attend(layer.self_attn, x, index, positions, cache, number)
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            # A mixture of experts takes batches only.
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden)[None])[0]
             if deepstack is not None and number < len(deepstack):
                 hidden = hidden + deepstack[number, index]
         return self.text_model.norm(hidden)

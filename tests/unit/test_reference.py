@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_architectures import ARCHITECTURES
 from torch import Tensor
 from transformers import DynamicCache
 
 from tests.helpers.reference import KV, Prompt, Reference, Result
 
-ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision")
-MROPE_ARCHS = ARCHS[:3]
+MROPE_ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 TOLERANCE = 1e-4
 
 
@@ -37,11 +37,6 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def placeholder(ref: Reference, kind: str = "image") -> str:
-    token = getattr(ref.processor, f"{kind}_token")
-    return token if ref.axes == 1 else f"<|vision_start|>{token}<|vision_end|>"
-
-
 WIDE, TALL = picture(1, 168, 84), picture(2, 84, 140)
 
 
@@ -49,6 +44,7 @@ WIDE, TALL = picture(1, 168, 84), picture(2, 84, 140)
 class Case:
     """The same two images in another order behind other text, and what both prompts give."""
 
+    arch: str
     ref: Reference
     donor: Prompt
     target: Prompt
@@ -59,21 +55,21 @@ class Case:
         return {item: (self.donor_result, self.donor, 1 - item) for item in items}
 
 
-def make_case(ref: Reference) -> Case:
-    one = placeholder(ref)
+def make_case(arch: str, ref: Reference) -> Case:
+    one = ARCHITECTURES[arch].image
     donor = ref.prompt(f"What is the colour of {one} and {one}? Say", [WIDE, TALL])
     target = ref.prompt(
         f"Here are two pictures, look at them: {one} is one, {one} the other. And", [TALL, WIDE]
     )
-    return Case(ref, donor, target, ref.full(donor), ref.full(target, n_tokens=3))
+    return Case(arch, ref, donor, target, ref.full(donor), ref.full(target, n_tokens=3))
 
 
 @pytest.fixture(scope="module")
 def cases(tiny_model: Callable[[str], Path]) -> Callable[[str], Case]:
-    return cache(lambda arch: make_case(Reference(tiny_model(arch))))
+    return cache(lambda arch: make_case(arch, Reference(tiny_model(arch))))
 
 
-@pytest.fixture(params=ARCHS)
+@pytest.fixture(params=ARCHITECTURES)
 def case(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
     return cases(request.param)
 
@@ -307,7 +303,7 @@ def test_video(case: Case) -> None:
     ref = case.ref
     frames = np.random.default_rng(5).integers(0, 256, (8, 84, 112, 3), dtype=np.uint8)
     metadata = {"fps": 2.0, "duration": 4.0, "total_num_frames": 8, "frames_indices": [*range(8)]}
-    video, image = placeholder(ref, "video"), placeholder(ref)
+    image, video = ARCHITECTURES[case.arch].image, ARCHITECTURES[case.arch].video
     donor = ref.prompt(f"Film: {video}. What happens?", videos=[(frames, metadata)])
     target = ref.prompt(f"{image} and then {video}. So", [WIDE], [(frames, metadata)])
     start, end = target.spans[1]
