@@ -285,6 +285,73 @@ def _grid_pinpoints(size: Size) -> list[list[int]]:
     return [[crop * rows, crop * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
 
 
+def _clip_vision(size: Size) -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": size.vision_hidden,
+        "intermediate_size": size.vision_mlp,
+        "num_hidden_layers": size.vision_layers,
+        "num_attention_heads": size.vision_heads,
+        "image_size": size.crop_px,
+        "patch_size": 14,
+    }
+
+
+def _llava_text(size: Size, ids: TokenIds) -> dict[str, Any]:
+    return _text(size, ids) | {"model_type": "llama", "rope_parameters": _rope()}
+
+
+def _llava(size: Size, ids: TokenIds) -> "transformers.PreTrainedModel":
+    import transformers
+
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config=_llava_text(size, ids),
+            vision_config=_clip_vision(size),
+            image_token_index=ids["<image>"],
+            image_seq_length=(size.crop_px // 14) ** 2,
+        )
+    )
+
+
+def _clip_processors(
+    size: Size, processor: str, image: str, **further: Any
+) -> dict[str, dict[str, Any]]:
+    return {
+        "preprocessor_config.json": _PIXELS
+        | {
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+            "size": {"shortest_edge": size.crop_px},
+            "do_center_crop": True,
+            "crop_size": {"height": size.crop_px, "width": size.crop_px},
+            "image_processor_type": image,
+            "processor_class": processor,
+            **further,
+        },
+        "processor_config.json": {
+            "processor_class": processor,
+            "image_token": "<image>",
+            "patch_size": 14,
+            "num_additional_image_tokens": 1,  # CLIP's class token, which "default" leaves out
+            "vision_feature_select_strategy": "default",
+        },
+    }
+
+
+def _llava_next(size: Size, ids: TokenIds) -> "transformers.PreTrainedModel":
+    import transformers
+
+    return transformers.LlavaNextForConditionalGeneration(
+        transformers.LlavaNextConfig(
+            text_config=_llava_text(size, ids),
+            vision_config=_clip_vision(size),
+            image_token_index=ids["<image>"],
+            image_grid_pinpoints=_grid_pinpoints(size),
+        )
+    )
+
+
 def _llava_onevision(size: Size, ids: TokenIds) -> "transformers.PreTrainedModel":
     import transformers
 
@@ -364,6 +431,28 @@ ARCHITECTURES = {
         _qwen3_vl_moe,
         _qwen3_processors,
         _transposed_experts,
+    ),
+    "llava": Architecture(
+        (*CHAT_TOKENS, "<image>"),
+        "<image>",
+        "",
+        _llava,
+        lambda size: _clip_processors(size, "LlavaProcessor", "CLIPImageProcessor"),
+        _nested_vision_tower,
+    ),
+    "llava_next": Architecture(
+        (*CHAT_TOKENS, "<image>"),
+        "<image>",
+        "",
+        _llava_next,
+        lambda size: _clip_processors(
+            size,
+            "LlavaNextProcessor",
+            "LlavaNextImageProcessor",
+            do_pad=True,
+            image_grid_pinpoints=_grid_pinpoints(size),
+        ),
+        _nested_vision_tower,
     ),
     "llava_onevision": Architecture(
         (*CHAT_TOKENS, "<image>", "<video>"),

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tests.helpers.quick_start import KV_BLOCKS
 from tests.helpers.reference import KV, Prompt, Reference
 from vlcache_connector.support import SUPPORTED_ARCHITECTURES
 
-STEP_TOKENS = {"qwen3_vl_moe": 512}
+STEP_TOKENS = {"qwen3_vl_moe": 512, "llava": 512, "llava_next": 2048}
 """What a step may compute, by architecture: all three images at once, as ratio 1.0 takes."""
 
 RATIOS = (0.0, 0.02, 0.1, 0.5)
@@ -29,9 +30,9 @@ TOLERANCE = 1e-4
 A, B, C = (51, 224), (52, 336, 224), (53, 280)
 
 
-def selected(num_tokens: int, ratio: float) -> range:
+def selected(num_tokens: int, ratio: float) -> list[int]:
     """The documented rule of `first_k` without a minimum."""
-    return range(math.ceil(round(ratio * num_tokens, 6)))
+    return list(range(math.ceil(round(ratio * num_tokens, 6))))
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,27 @@ class Served:
         """The reference's view of a prompt that vLLM has processed."""
         return self.reference.prompt_from_ids(token_ids, pictures(*ask.images))
 
-    def target(self, ratio: float) -> Ask:
-        """All three images in another order and at other places."""
+    def target(self, text: str, vlcache: dict[str, Any]) -> Ask:
+        """All three images in another order and at other places, behind a text of its own."""
         one = self.image
-        return Ask(
-            f"at ratio {ratio} a question about {one} and {one} and {one} now",
-            (C, A, B),
-            vlcache={"recompute_ratio": ratio},
-        )
+        return Ask(f"{text}: {one} and {one} and {one} now", (C, A, B), vlcache=vlcache)
+
+    def assert_equals_the_reference(
+        self, ask: Ask, selected: Callable[[int], list[Any]], differs_from_full: bool
+    ) -> None:
+        """Ask for what `selected` chooses of an image with so many tokens to be recomputed."""
+        [actual] = self.engine.ask(ask)
+        target = self.prompt(actual.prompt, ask)
+        recompute = {i: selected(end - start) for i, (start, end) in enumerate(target.spans)}
+        reused = {item: self.donors[spec] for item, spec in enumerate(ask.images)}
+        expected = self.reference.reuse(target, reused, recompute).logprobs[0]
+        np.testing.assert_allclose(actual.logprobs[0], expected.numpy(), rtol=0, atol=TOLERANCE)
+        assert actual.figures is not None
+        assert actual.figures["reused_tokens"] > 0
+        assert actual.figures["fallback"] is None
+        if differs_from_full:
+            full = self.reference.full(target).logprobs[0]
+            assert np.abs(full.numpy() - actual.logprobs[0]).max() > 1e-3, "nothing to compare"
 
 
 def pictures(*specs: tuple[int, ...]) -> list[Image.Image]:
@@ -103,25 +117,20 @@ def test_a_prefill_that_stores_an_image_ends_a_step_inside_it(served: Served) ->
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_first_k_equals_the_reference(served: Served, ratio: float) -> None:
-    reference, ask = served.reference, served.target(ratio)
-    [actual] = served.engine.ask(ask)
-    target = served.prompt(actual.prompt, ask)
-    recompute = {
-        item: list(selected(end - start, ratio)) for item, (start, end) in enumerate(target.spans)
-    }
-    reused = {item: served.donors[spec] for item, spec in enumerate(ask.images)}
-    expected = np.asarray(reference.reuse(target, reused, recompute).logprobs[0])
-    np.testing.assert_allclose(actual.logprobs[0], expected, rtol=0, atol=TOLERANCE)
-    assert actual.figures is not None
-    assert actual.figures["recomputed_tokens"] == sum(map(len, recompute.values()))
-    if ratio < 0.5:
-        full = np.asarray(reference.full(target).logprobs[0])
-        assert np.abs(full - actual.logprobs[0]).max() > 1e-3, "nothing to compare"
+    ask = served.target(f"recomputing {ratio}", {"recompute_ratio": ratio})
+    served.assert_equals_the_reference(ask, lambda n: selected(n, ratio), ratio < 0.5)
+
+
+def test_a_layer_aware_schedule_equals_the_reference(served: Served) -> None:
+    last = len(served.reference.layers) - 1
+    shares = [0.4 * (last - layer) / last for layer in range(last + 1)]
+    ask = served.target("layer by layer", {"layer_ratios": shares})
+    served.assert_equals_the_reference(ask, lambda n: [selected(n, s) for s in shares], True)
 
 
 def test_ratio_one_equals_plain_vllm(served: Served) -> None:
     """Requests that have VLCache switched off are bit-equal to plain vLLM's."""
-    ask = replace(served.target(1.0), max_tokens=4)
+    ask = replace(served.target("all of it", {"recompute_ratio": 1.0}), max_tokens=4)
     [actual] = served.engine.ask(ask)
     assert actual.figures is not None
     assert actual.figures["recomputed_tokens"] > 0
@@ -136,6 +145,7 @@ def test_ratio_one_equals_plain_vllm(served: Served) -> None:
 
 def test_a_warm_request_runs_no_encoder(served: Served) -> None:
     served.engine.call(forget_vllms_encoder_cache)
-    assert served.engine.call(count_encoder_runs, served.target(0.2)) == 0
+    warm = served.target("without the encoder", {"recompute_ratio": 0.2})
+    assert served.engine.call(count_encoder_runs, warm) == 0
     cold = Ask(f"never seen {served.image}", ((59, 224),))
     assert served.engine.call(count_encoder_runs, cold) == 1

@@ -129,7 +129,9 @@ class Reference:
         the `<|vision_end|>` after its last.)
         """
         processor = self.processor
-        dummy = processor.image_token * len(images) + processor.video_token * len(videos)
+        dummy = processor.image_token * len(images)
+        if videos:
+            dummy += processor.video_token * len(videos)
         inputs = self._process(dummy, images, videos) if dummy else {}
         return self._build(torch.as_tensor(token_ids, dtype=torch.int64), inputs, spans)
 
@@ -156,7 +158,7 @@ class Reference:
         deepstack = embeds.new_zeros(levels, *embeds.shape)
         chunks: dict[int, deque[_Chunk]] = {}
         for kind, names in ENCODER_INPUTS.items():
-            token_id = getattr(self.processor, f"{kind}_token_id")
+            token_id = getattr(self.processor, f"{kind}_token_id", -1)  # not all take videos
             place = ids == token_id
             given = {name: inputs[name] for name in names if name in inputs}
             out = getattr(self.model.model, f"get_{kind}_features")(**given) if given else None

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from tests.helpers.reference import KV, Prompt, Reference, Result
 
 MROPE_ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
+VIDEO_ARCHS = (*MROPE_ARCHS, "llava_onevision")
 TOLERANCE = 1e-4
 
 
@@ -44,7 +45,6 @@ WIDE, TALL = picture(1, 168, 84), picture(2, 84, 140)
 class Case:
     """The same two images in another order behind other text, and what both prompts give."""
 
-    arch: str
     ref: Reference
     donor: Prompt
     target: Prompt
@@ -61,7 +61,7 @@ def make_case(arch: str, ref: Reference) -> Case:
     target = ref.prompt(
         f"Here are two pictures, look at them: {one} is one, {one} the other. And", [TALL, WIDE]
     )
-    return Case(arch, ref, donor, target, ref.full(donor), ref.full(target, n_tokens=3))
+    return Case(ref, donor, target, ref.full(donor), ref.full(target, n_tokens=3))
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +125,7 @@ def transformers_mixed(
     for item in reused_kv:
         start, end = target.spans[item]
         source[start:end] = item
-    visual = torch.isin(
-        target.input_ids,
-        torch.tensor([ref.processor.image_token_id, ref.processor.video_token_id]),
-    )
+    visual = target.input_ids == ref.processor.image_token_id
     hidden = torch.empty(0)
     for _, group in groupby(range(n), key=lambda i: -1 if computed[i] else int(source[i])):
         run = torch.tensor(list(group))
@@ -298,12 +295,13 @@ def test_refuses_what_makes_no_sense(case: Case) -> None:
         ref.reuse(cut, case.reused(1), {})
 
 
-def test_video(case: Case) -> None:
+@pytest.mark.parametrize("arch", VIDEO_ARCHS)
+def test_video(cases: Callable[[str], Case], arch: str) -> None:
     """With M-RoPE frames make the axes differ within an item; all holds as for images."""
-    ref = case.ref
+    ref = cases(arch).ref
     frames = np.random.default_rng(5).integers(0, 256, (8, 84, 112, 3), dtype=np.uint8)
     metadata = {"fps": 2.0, "duration": 4.0, "total_num_frames": 8, "frames_indices": [*range(8)]}
-    image, video = ARCHITECTURES[case.arch].image, ARCHITECTURES[case.arch].video
+    image, video = ARCHITECTURES[arch].image, ARCHITECTURES[arch].video
     donor = ref.prompt(f"Film: {video}. What happens?", videos=[(frames, metadata)])
     target = ref.prompt(f"{image} and then {video}. So", [WIDE], [(frames, metadata)])
     start, end = target.spans[1]
