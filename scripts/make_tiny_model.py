@@ -422,6 +422,7 @@ def _write_tokenizer(
             "pad_token": "<|endoftext|>",
             "split_special_tokens": False,
             "unk_token": None,
+            **architecture.named_tokens,
         },
     )
 

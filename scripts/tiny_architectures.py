@@ -5,7 +5,7 @@ its processors, and the special tokens; `make_tiny_model.py` does the rest.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Architecture:
         video: prompt text that stands for one video, empty where the model takes none.
         model: the transformers model, with its default (unused) initial weights.
         processors: content of the files with the processors' settings, by name.
+        named_tokens: special tokens that the processor asks its tokenizer for, by name.
         published: name and form of a weight in published checkpoints, by those that transformers
             saves it with; None where they are the same. vLLM knows the published ones only.
     """
@@ -70,6 +71,7 @@ class Architecture:
     video: str
     model: Callable[[Size, TokenIds], "transformers.PreTrainedModel"]
     processors: Callable[[Size], dict[str, dict[str, Any]]]
+    named_tokens: dict[str, str] = field(default_factory=dict)
     published: Callable[[str, "torch.Tensor"], tuple[str, "torch.Tensor"]] | None = None
 
 
@@ -408,6 +410,65 @@ def _llava_onevision_processors(size: Size) -> dict[str, dict[str, Any]]:
     }
 
 
+# -- InternVL --------------------------------------------------------------------------------------
+
+
+def _internvl_tokens(size: Size) -> int:
+    """Tokens of a tile: the projector takes 2 x 2 patches together."""
+    return (size.crop_px // 14) ** 2 // 4
+
+
+def _internvl(size: Size, ids: TokenIds) -> "transformers.PreTrainedModel":
+    import transformers
+
+    return transformers.InternVLForConditionalGeneration(
+        transformers.InternVLConfig(
+            text_config=_text(size, ids)
+            | {
+                "model_type": "qwen2",
+                "rope_parameters": _rope(),
+                "max_window_layers": size.layers,
+            },
+            vision_config={
+                "hidden_size": size.vision_hidden,
+                "intermediate_size": size.vision_mlp,
+                "num_hidden_layers": size.vision_layers,
+                "num_attention_heads": size.vision_heads,
+                "image_size": size.crop_px,
+                "patch_size": 14,
+            },
+            image_token_id=ids["<IMG_CONTEXT>"],
+            image_seq_length=_internvl_tokens(size),
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def _internvl_processors(size: Size) -> dict[str, dict[str, Any]]:
+    processor = "InternVLProcessor"
+    common = _PIXELS | {
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "size": {"height": size.crop_px, "width": size.crop_px},
+        "processor_class": processor,
+    }
+    return {
+        "preprocessor_config.json": common
+        | {
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "crop_to_patches": True,
+            "min_patches": 1,
+            "max_patches": 9,
+        },
+        "video_preprocessor_config.json": common
+        | {"video_processor_type": "InternVLVideoProcessor"},
+        "processor_config.json": {
+            "processor_class": processor,
+            "image_seq_length": _internvl_tokens(size),
+        },
+    }
+
+
 ARCHITECTURES = {
     "qwen2_5_vl": Architecture(
         QWEN_TOKENS,
@@ -430,7 +491,7 @@ ARCHITECTURES = {
         _QWEN_VIDEO,
         _qwen3_vl_moe,
         _qwen3_processors,
-        _transposed_experts,
+        published=_transposed_experts,
     ),
     "llava": Architecture(
         (*CHAT_TOKENS, "<image>"),
@@ -438,7 +499,7 @@ ARCHITECTURES = {
         "",
         _llava,
         lambda size: _clip_processors(size, "LlavaProcessor", "CLIPImageProcessor"),
-        _nested_vision_tower,
+        published=_nested_vision_tower,
     ),
     "llava_next": Architecture(
         (*CHAT_TOKENS, "<image>"),
@@ -452,7 +513,7 @@ ARCHITECTURES = {
             do_pad=True,
             image_grid_pinpoints=_grid_pinpoints(size),
         ),
-        _nested_vision_tower,
+        published=_nested_vision_tower,
     ),
     "llava_onevision": Architecture(
         (*CHAT_TOKENS, "<image>", "<video>"),
@@ -460,6 +521,19 @@ ARCHITECTURES = {
         "<video>",
         _llava_onevision,
         _llava_onevision_processors,
-        _nested_vision_tower,
+        published=_nested_vision_tower,
+    ),
+    "internvl": Architecture(
+        (*CHAT_TOKENS, "<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        "<IMG_CONTEXT>",
+        "<video>",
+        _internvl,
+        _internvl_processors,
+        named_tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
     ),
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ ENCODER_INPUTS = {
     "image": ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images"),
     "video": ("pixel_values_videos", "video_grid_thw"),
 }
+
+TEXT_OF_ITEMS = {"internvl": (1, 1)}
+"""Text tokens in front of and behind an item's embeddings that belong to it, by model type."""
 
 Offsets = Sequence[int] | Sequence[Sequence[int]]
 """Offsets within an item: one list for all layers, or one list per layer."""
@@ -125,8 +129,8 @@ class Reference:
         """Process token ids with the placeholders already expanded: vLLM's `prompt_token_ids`.
 
         `spans` replaces the item spans, by default from an item's first placeholder token to its
-        last. (vLLM's span of a Qwen3-VL video also has the timestamp before its first frame and
-        the `<|vision_end|>` after its last.)
+        last, with the text that belongs to it. (vLLM's span of a Qwen3-VL video also has the
+        timestamp before its first frame and the `<|vision_end|>` after its last.)
         """
         processor = self.processor
         dummy = processor.image_token * len(images)
@@ -147,7 +151,11 @@ class Reference:
             ]
             # Frames are taken as they come: sampling is the caller's, as it is in vLLM.
             kwargs["do_sample_frames"] = False
-        return dict(self.processor(text=[text], return_tensors="pt", **kwargs))
+        inputs = dict(self.processor(text=[text], return_tensors="pt", **kwargs))
+        if self.model_type == "internvl":
+            tiles = [self.processor.image_processor(image)["pixel_values"] for image in images]
+            inputs["num_tiles"] = [len(each) for each in tiles]
+        return inputs
 
     @torch.no_grad()
     def _build(
@@ -163,6 +171,9 @@ class Reference:
             given = {name: inputs[name] for name in names if name in inputs}
             out = getattr(self.model.model, f"get_{kind}_features")(**given) if given else None
             features = list(out.pooler_output) if out else []
+            if features and "num_tiles" in inputs:
+                tiles = iter(features)
+                features = [torch.cat([*islice(tiles, n)]) for n in inputs["num_tiles"]]
             lengths = [len(rows) for rows in features]
             if sum(lengths) != int(place.sum()):
                 raise ValueError(f"{int(place.sum())} {kind} tokens for features {lengths}")
@@ -219,7 +230,8 @@ class Reference:
             # transformers' get_rope_index looks at h and w only; vLLM does as is done here.)
             following = int(rows[-1].max()) + 1
             at = end
-        return torch.cat(rows, dim=1), list(spans.values())
+        before, behind = TEXT_OF_ITEMS.get(self.model_type, (0, 0))
+        return torch.cat(rows, dim=1), [(at - before, to + behind) for at, to in spans.values()]
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn x [n, heads, head_dim] by positions [axes, n], in x's precision.
