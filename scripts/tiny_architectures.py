@@ -4,6 +4,7 @@ An entry is a function that builds the transformers model, another one that give
 its processors, and the special tokens; `make_tiny_model.py` does the rest.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -469,6 +470,62 @@ def _internvl_processors(size: Size) -> dict[str, dict[str, Any]]:
     }
 
 
+# -- Mistral ---------------------------------------------------------------------------------------
+
+
+def _mistral3(size: Size, ids: TokenIds) -> "transformers.PreTrainedModel":
+    import transformers
+
+    # Queries grow with their position, every so many tokens. Published models begin at 16,384.
+    step, beta = 64, 0.1
+    return transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(
+            text_config=_text(size, ids)
+            | {
+                "model_type": "ministral3",
+                "head_dim": size.head_dim,
+                "rope_parameters": _rope(
+                    original_max_position_embeddings=step, llama_4_scaling_beta=beta
+                ),
+                # The same for vLLM, which reads it from Mistral's own configurations.
+                "llama_4_scaling": {"original_max_position_embeddings": step, "beta": beta},
+            },
+            vision_config={
+                "model_type": "pixtral",
+                "hidden_size": size.vision_hidden,
+                "intermediate_size": size.vision_mlp,
+                "num_hidden_layers": size.vision_layers,
+                "num_attention_heads": size.vision_heads,
+                "image_size": math.isqrt(MAX_PIXELS),
+                "patch_size": 14,
+                "hidden_act": "silu",
+            },
+            image_token_index=ids["[IMG]"],
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def _mistral3_processors(_: Size) -> dict[str, dict[str, Any]]:
+    processor = "PixtralProcessor"
+    return {
+        "preprocessor_config.json": _PIXELS
+        | {
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+            "patch_size": 14,
+            "size": {"longest_edge": math.isqrt(MAX_PIXELS)},
+            "image_processor_type": "PixtralImageProcessor",
+            "processor_class": processor,
+        },
+        "processor_config.json": {
+            "processor_class": processor,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+        },
+    }
+
+
 ARCHITECTURES = {
     "qwen2_5_vl": Architecture(
         QWEN_TOKENS,
@@ -535,5 +592,12 @@ ARCHITECTURES = {
             "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         },
+    ),
+    "mistral3": Architecture(
+        (*CHAT_TOKENS, "[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        "[IMG]",
+        "",
+        _mistral3,
+        _mistral3_processors,
     ),
 }

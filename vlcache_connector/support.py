@@ -28,6 +28,7 @@ SUPPORTED_ARCHITECTURES = frozenset(
         "LlavaForConditionalGeneration",
         "LlavaNextForConditionalGeneration",
         "LlavaOnevisionForConditionalGeneration",
+        "Mistral3ForConditionalGeneration",
     }
 )
 """Model classes whose inputs, positions and deepstack buffers the sparse prefill is tested with."""

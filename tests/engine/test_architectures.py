@@ -22,7 +22,13 @@ from tests.helpers.quick_start import KV_BLOCKS
 from tests.helpers.reference import KV, Prompt, Reference
 from vlcache_connector.support import SUPPORTED_ARCHITECTURES
 
-STEP_TOKENS = {"qwen3_vl_moe": 512, "llava": 512, "llava_next": 2048, "internvl": 512}
+STEP_TOKENS = {
+    "qwen3_vl_moe": 512,
+    "llava": 512,
+    "llava_next": 2048,
+    "internvl": 512,
+    "mistral3": 512,
+}
 """What a step may compute, by architecture: all three images at once, as ratio 1.0 takes."""
 
 RATIOS = (0.0, 0.02, 0.1, 0.5)

@@ -30,7 +30,7 @@ ENCODER_INPUTS = {
     "video": ("pixel_values_videos", "video_grid_thw"),
 }
 
-TEXT_OF_ITEMS = {"internvl": (1, 1)}
+TEXT_OF_ITEMS = {"internvl": (1, 1), "mistral3": (0, 1)}
 """Text tokens in front of and behind an item's embeddings that belong to it, by model type."""
 
 Offsets = Sequence[int] | Sequence[Sequence[int]]
@@ -97,6 +97,7 @@ class Reference:
         self.inv_freq = rotary.inv_freq.float()  # [head_dim / 2]
         self.attention_scaling = float(rotary.attention_scaling)
         section = config.text_config.rope_parameters.get("mrope_section")
+        self.query_scaling = config.text_config.rope_parameters.get("llama_4_scaling_beta", 0.0)
         self.axes = 3 if section else 1
         self.axis_of_freq = self._axis_of_freq(section)
 
@@ -188,6 +189,12 @@ class Reference:
     def _chunks(self, kind: str, lengths: list[int], inputs: dict[str, Any]) -> deque[_Chunk]:
         chunks: deque[_Chunk] = deque()
         for i, length in enumerate(lengths):
+            if self.model_type == "mistral3":
+                # A text token behind every row of the image.
+                patch_px = self.vision_config.patch_size * self.model.config.spatial_merge_size
+                columns = int(inputs["image_sizes"][i][1]) // patch_px
+                chunks.extend([_Chunk((kind, i), columns, None)] * (length // columns))
+                continue
             if self.axes == 1:
                 chunks.append(_Chunk((kind, i), length, None))
                 continue
@@ -364,6 +371,11 @@ class Reference:
         # YaRN and its kin scale cos and sin, so q and k each once.
         q = self.rotate(q, positions) * self.attention_scaling
         k = self.rotate(k, positions) * self.attention_scaling
+        if self.query_scaling:
+            # Llama 4's: keys are as they are.
+            parameters = self.model.config.text_config.rope_parameters
+            steps = positions[0] // parameters["original_max_position_embeddings"]
+            q = q * (1 + self.query_scaling * torch.log1p(steps))[:, None, None]
         cache.k[number, index], cache.v[number, index] = k, v
         length = int(index.max()) + 1
         keys, values = (
