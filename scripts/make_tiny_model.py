@@ -308,13 +308,20 @@ def _random_parameter(name: str, shape: tuple[int, ...], seed: int) -> "torch.Te
     # The last linear layer before the language model. Deepstack's mergers are other modules.
     makes_image_embeddings = any(
         part in name
-        for part in ("visual.merger.mlp.2", "visual.merger.linear_fc2", "projector.linear_2")
+        for part in (
+            "visual.merger.mlp.2",
+            "visual.merger.linear_fc2",
+            "visual.merger.down_proj",
+            "projector.linear_2",
+        )
     )
 
     if leaf in ("q_norm", "k_norm"):  # they undo the scale of q_proj and k_proj
         return QK_GAIN * (1 + 0.1 * values)
     if name.endswith(".bias"):
         return (0.1 * IMAGE_GAIN if makes_image_embeddings else 0.1) * values
+    if leaf in ("post_self_attn_layernorm", "post_mlp_layernorm"):  # they give branches a scale
+        return BRANCH_GAIN * (1 + 0.1 * values)
     if leaf == "embed_tokens":
         return TEXT_STD * values
     if leaf == "image_newline":

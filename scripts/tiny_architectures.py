@@ -526,6 +526,90 @@ def _mistral3_processors(_: Size) -> dict[str, dict[str, Any]]:
     }
 
 
+# -- GLM -------------------------------------------------------------------------------------------
+
+_GLM_TOKENS = (
+    *CHAT_TOKENS,
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+    "<|video|>",
+)
+_GLM_IMAGE = "<|begin_of_image|><|image|><|end_of_image|>"
+_GLM_VIDEO = "<|begin_of_video|><|video|><|end_of_video|>"
+
+
+def _glm_ids(ids: TokenIds) -> dict[str, int]:
+    return {
+        "image_token_id": ids["<|image|>"],
+        "image_start_token_id": ids["<|begin_of_image|>"],
+        "image_end_token_id": ids["<|end_of_image|>"],
+        "video_token_id": ids["<|video|>"],
+        "video_start_token_id": ids["<|begin_of_video|>"],
+        "video_end_token_id": ids["<|end_of_video|>"],
+    }
+
+
+def _glm_text(size: Size, ids: TokenIds) -> dict[str, Any]:
+    # Half of a head is rotated.
+    rope = _rope(mrope_section=[4, 6, 6], partial_rotary_factor=0.5)
+    # GLM-4.1V's attention has a bias always in transformers, and in vLLM if told so.
+    return _text(size, ids) | {"rope_parameters": rope, "attention_bias": True}
+
+
+def _glm_vision(size: Size) -> dict[str, Any]:
+    return {
+        "depth": size.vision_layers,
+        "num_heads": size.vision_heads,
+        "hidden_size": size.vision_hidden,
+        "intermediate_size": size.vision_mlp,
+        "out_hidden_size": size.hidden,
+    }
+
+
+def _glm4v(size: Size, ids: TokenIds) -> "transformers.PreTrainedModel":
+    import transformers
+
+    return transformers.Glm4vForConditionalGeneration(
+        transformers.Glm4vConfig(
+            text_config=_glm_text(size, ids), vision_config=_glm_vision(size), **_glm_ids(ids)
+        )
+    )
+
+
+def _glm4v_moe(size: Size, ids: TokenIds) -> "transformers.PreTrainedModel":
+    import transformers
+
+    experts = {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": False,  # for vLLM
+        "moe_intermediate_size": size.mlp // 8,
+    }
+    return transformers.Glm4vMoeForConditionalGeneration(
+        transformers.Glm4vMoeConfig(
+            text_config=_glm_text(size, ids) | experts | {"head_dim": size.head_dim},
+            vision_config=_glm_vision(size),
+            **_glm_ids(ids),
+        )
+    )
+
+
+def _glm_processors(_: Size) -> dict[str, dict[str, Any]]:
+    return _qwen_processors(
+        "Glm4vProcessor",
+        "Glm4vImageProcessor",
+        "Glm4vVideoProcessor",
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+        patch_size=14,
+    )
+
+
 ARCHITECTURES = {
     "qwen2_5_vl": Architecture(
         QWEN_TOKENS,
@@ -600,4 +684,6 @@ ARCHITECTURES = {
         _mistral3,
         _mistral3_processors,
     ),
+    "glm4v": Architecture(_GLM_TOKENS, _GLM_IMAGE, _GLM_VIDEO, _glm4v, _glm_processors),
+    "glm4v_moe": Architecture(_GLM_TOKENS, _GLM_IMAGE, _GLM_VIDEO, _glm4v_moe, _glm_processors),
 }

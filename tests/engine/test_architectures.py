@@ -28,6 +28,8 @@ STEP_TOKENS = {
     "llava_next": 2048,
     "internvl": 512,
     "mistral3": 512,
+    "glm4v": 512,
+    "glm4v_moe": 512,
 }
 """What a step may compute, by architecture: all three images at once, as ratio 1.0 takes."""
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 Video = tuple[np.ndarray, Mapping[str, Any]]
@@ -94,7 +94,7 @@ class Reference:
         if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or []):
             raise NotImplementedError("sliding-window layers")
         rotary = self.text_model.rotary_emb
-        self.inv_freq = rotary.inv_freq.float()  # [head_dim / 2]
+        self.inv_freq = rotary.inv_freq.float()  # [pairs], of which heads may have more elements
         self.attention_scaling = float(rotary.attention_scaling)
         section = config.text_config.rope_parameters.get("mrope_section")
         self.query_scaling = config.text_config.rope_parameters.get("llama_4_scaling_beta", 0.0)
@@ -102,8 +102,8 @@ class Reference:
         self.axis_of_freq = self._axis_of_freq(section)
 
     def _axis_of_freq(self, section: Sequence[int] | None) -> Tensor:
-        """Say which position row drives each rotary frequency: [head_dim / 2] int64."""
-        axis = torch.zeros(self.head_dim // 2, dtype=torch.int64)
+        """Say which position row drives each rotary frequency: [pairs] int64."""
+        axis = torch.zeros(len(self.inv_freq), dtype=torch.int64)
         if section is None:
             return axis
         if not self.model_type.startswith("qwen3"):
@@ -248,8 +248,14 @@ class Reference:
         """
         angles = positions[self.axis_of_freq].T.to(x.dtype) * self.inv_freq.to(x.dtype)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        pairs = len(self.inv_freq)
+        turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+        # Of neighbours, or of a half and the other one.
+        shape = (pairs, 2) if self.model_type == "glm4v" else (2, pairs)
+        axis = shape.index(2) - 2
+        first, second = turned.unflatten(-1, shape).unbind(axis)
+        sides = (first * cos - second * sin, second * cos + first * sin)
+        return torch.cat((torch.stack(sides, axis).flatten(-2), rest), dim=-1)
 
     def move_keys(self, k: Tensor, difference: Tensor) -> Tensor:
         """Delta-RoPE in float64: k [layers, n, kv_heads, head_dim], difference [axes, n]."""
@@ -352,9 +358,12 @@ class Reference:
                 stays = computed[number, index]
                 hidden, index, positions = hidden[stays], index[stays], positions[:, stays]
             x = layer.input_layernorm(hidden)
-            hidden = hidden + self._attend(layer.self_attn, x, index, positions, cache, number)
+            x = self._attend(layer.self_attn, x, index, positions, cache, number)
+            # GLM-4 norms what a branch gives, too.
+            hidden = hidden + getattr(layer, "post_self_attn_layernorm", nn.Identity())(x)
             # A mixture of experts takes batches only.
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden)[None])[0]
+            x = layer.mlp(layer.post_attention_layernorm(hidden)[None])[0]
+            hidden = hidden + getattr(layer, "post_mlp_layernorm", nn.Identity())(x)
             if deepstack is not None and number < len(deepstack):
                 hidden = hidden + deepstack[number, index]
         return self.text_model.norm(hidden)

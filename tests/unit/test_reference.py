@@ -19,8 +19,8 @@ from transformers import DynamicCache
 
 from tests.helpers.reference import KV, Prompt, Reference, Result
 
-MROPE_ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
-VIDEO_ARCHS = (*MROPE_ARCHS, "llava_onevision")
+VIDEO_ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision")
+MROPE_ARCHS = (*VIDEO_ARCHS[:4], "glm4v", "glm4v_moe")
 TOLERANCE = 1e-4
 
 
