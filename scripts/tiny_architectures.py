@@ -579,6 +579,20 @@ def _glm4v(size: Size, ids: TokenIds) -> "transformers.PreTrainedModel":
     )
 
 
+def _glm_ocr(size: Size, ids: TokenIds) -> "transformers.PreTrainedModel":
+    import transformers
+
+    # vLLM makes the merger as wide as the text model's MLP, transformers three times its output.
+    mlp = {"intermediate_size": 3 * size.hidden, "attention_bias": False}
+    return transformers.GlmOcrForConditionalGeneration(
+        transformers.GlmOcrConfig(
+            text_config=_glm_text(size, ids) | mlp,
+            vision_config=_glm_vision(size),
+            **_glm_ids(ids),
+        )
+    )
+
+
 def _glm4v_moe(size: Size, ids: TokenIds) -> "transformers.PreTrainedModel":
     import transformers
 
@@ -686,4 +700,5 @@ ARCHITECTURES = {
     ),
     "glm4v": Architecture(_GLM_TOKENS, _GLM_IMAGE, _GLM_VIDEO, _glm4v, _glm_processors),
     "glm4v_moe": Architecture(_GLM_TOKENS, _GLM_IMAGE, _GLM_VIDEO, _glm4v_moe, _glm_processors),
+    "glm_ocr": Architecture(_GLM_TOKENS, _GLM_IMAGE, _GLM_VIDEO, _glm_ocr, _glm_processors),
 }

@@ -26,6 +26,7 @@ SUPPORTED_ARCHITECTURES = frozenset(
         "Qwen3VLMoeForConditionalGeneration",
         "Glm4vForConditionalGeneration",
         "Glm4vMoeForConditionalGeneration",
+        "GlmOcrForConditionalGeneration",
         "InternVLForConditionalGeneration",
         "LlavaForConditionalGeneration",
         "LlavaNextForConditionalGeneration",

@@ -30,6 +30,7 @@ STEP_TOKENS = {
     "mistral3": 512,
     "glm4v": 512,
     "glm4v_moe": 512,
+    "glm_ocr": 512,
 }
 """What a step may compute, by architecture: all three images at once, as ratio 1.0 takes."""
 

@@ -33,6 +33,9 @@ ENCODER_INPUTS = {
 TEXT_OF_ITEMS = {"internvl": (1, 1), "mistral3": (0, 1)}
 """Text tokens in front of and behind an item's embeddings that belong to it, by model type."""
 
+PAIRS_OF_NEIGHBOURS = ("glm4v", "glm_ocr")
+"""Model types that rotate pairs of neighbouring elements, the others one of each half."""
+
 Offsets = Sequence[int] | Sequence[Sequence[int]]
 """Offsets within an item: one list for all layers, or one list per layer."""
 
@@ -250,8 +253,7 @@ class Reference:
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         pairs = len(self.inv_freq)
         turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
-        # Of neighbours, or of a half and the other one.
-        shape = (pairs, 2) if self.model_type == "glm4v" else (2, pairs)
+        shape = (pairs, 2) if self.model_type in PAIRS_OF_NEIGHBOURS else (2, pairs)
         axis = shape.index(2) - 2
         first, second = turned.unflatten(-1, shape).unbind(axis)
         sides = (first * cos - second * sin, second * cos + first * sin)

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from tests.helpers.reference import KV, Prompt, Reference, Result
 
 VIDEO_ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision")
-MROPE_ARCHS = (*VIDEO_ARCHS[:4], "glm4v", "glm4v_moe")
+MROPE_ARCHS = (*VIDEO_ARCHS[:4], "glm4v", "glm4v_moe", "glm_ocr")
 TOLERANCE = 1e-4
 
 
