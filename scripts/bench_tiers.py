@@ -47,11 +47,11 @@ from typing import Any, Self, cast
 import results
 from bench_ttft import BEHIND, IN_FRONT, TEXT_TOKENS
 from local_redis import LocalRedis, RedisError, find_server
-from make_tiny_model import MAX_PIXELS
 from options import add_model_options, add_output_options, model_of, model_problems
 from results import Spread, with_suffix, write_text
 from rich.console import Console
 from serving import CELL_PX, ROOT, SERVER_ENV, make_image
+from tiny_architectures import MAX_PIXELS
 
 from vlcache_connector.store import SegmentId
 

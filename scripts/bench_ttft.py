@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from make_tiny_model import ARCHS, MAX_PIXELS
+from make_tiny_model import ARCHS
 from options import add_model_options, add_output_options, model_of, model_problems
 from results import (
     CpuTimes,
@@ -78,6 +78,7 @@ from serving import (
     make_image,
     text_part,
 )
+from tiny_architectures import MAX_PIXELS
 
 SCHEMA = 1
 DEFAULT_OUTPUT = ROOT / "configs" / "results" / "ttft_cpu"

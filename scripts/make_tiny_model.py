@@ -22,32 +22,25 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tiny_architectures import ARCHITECTURES, MAX_POSITIONS, SIZES, VOCAB_SIZE, Architecture
 
 if TYPE_CHECKING:
     import torch
     import transformers
     from tokenizers import Tokenizer
 
-ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision")
-SIZES = ("tiny", "bench")
+ARCHS = tuple(ARCHITECTURES)
 DTYPES = ("float32", "bfloat16")
 
 # To be raised whenever the files written for the same arguments change.
 FORMAT_VERSION = 1
 STAMP_NAME = "tiny_model.json"
 
-VOCAB_SIZE = 640
 BPE_VOCAB_SIZE = 624
-MAX_POSITIONS = 32768
-MIN_PIXELS = 56 * 56
-MAX_PIXELS = 1792 * 1792
-ROPE_THETA = 1_000_000.0
-MROPE_SECTION = [8, 12, 12]
-MROPE_SECTION_INTERLEAVED = [12, 10, 10]
 
 # Gains on top of fan-in scaled weights. They were chosen so that the model shows what matters for
 # reusing image KV in another context: with the tiny Qwen2.5-VL and 256 image tokens, a different
@@ -60,22 +53,6 @@ BRANCH_GAIN = 0.5  # attention and MLP outputs, against the residual stream
 TEXT_STD = 0.3  # text embeddings are small ...
 IMAGE_GAIN = 3.0  # ... and image embeddings large, so that context does not blur images
 LOGIT_STD = 3.0
-
-QWEN_SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-LLAVA_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
-
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-HALF = [0.5, 0.5, 0.5]
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -145,29 +122,6 @@ the north is colder than the south, and the mountains are colder than the coast.
 """
 
 
-@dataclass(frozen=True)
-class _Dims:
-    """Sizes of one model; `head_dim` is one of those vLLM's CPU attention supports."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    vision_hidden: int
-    vision_layers: int
-    vision_heads: int
-    vision_mlp: int
-    crop_px: int  # llava_onevision: edge of one crop of the image
-    head_dim: int = 64
-
-
-DIMS = {
-    "tiny": _Dims(256, 4, 4, 2, 512, 128, 2, 4, 256, 112),
-    "bench": _Dims(768, 8, 12, 4, 2048, 384, 6, 6, 1024, 224),
-}
-
-
 def make_tiny_model(
     output_dir: str | os.PathLike[str],
     arch: str = "qwen2_5_vl",
@@ -189,7 +143,7 @@ def make_tiny_model(
         The path of the checkpoint directory.
     """
     _check_choice("arch", arch, ARCHS)
-    _check_choice("size", size, SIZES)
+    _check_choice("size", size, tuple(SIZES))
     _check_choice("dtype", dtype, DTYPES)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
@@ -211,7 +165,7 @@ def make_tiny_model(
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _write_checkpoint(work, arch, DIMS[size], seed, dtype)
+        _write_checkpoint(work, ARCHITECTURES[arch], size, seed, dtype)
         files = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
         write_json(work / STAMP_NAME, {"parameters": parameters, "files": files})
         work.chmod(0o755)
@@ -273,30 +227,28 @@ def _move_into_place(work: Path, target: Path, parameters: dict[str, Any]) -> No
             raise
 
 
-def _write_checkpoint(directory: Path, arch: str, dims: _Dims, seed: int, dtype: str) -> None:
+def _write_checkpoint(
+    directory: Path, architecture: Architecture, size: str, seed: int, dtype: str
+) -> None:
     import torch
 
-    is_llava = arch == "llava_onevision"
-    special_tokens = LLAVA_SPECIAL_TOKENS if is_llava else QWEN_SPECIAL_TOKENS
-    tokenizer = _train_tokenizer(special_tokens)
+    tokenizer = _train_tokenizer(architecture.special_tokens)
     vocabulary = tokenizer.get_vocab()
-    ids = {token: vocabulary[token] for token in special_tokens}
+    ids = {token: vocabulary[token] for token in architecture.special_tokens}
 
-    model = _build_model(arch, dims, ids)
+    model = architecture.model(SIZES[size], ids)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_random_parameter(name, tuple(parameter.shape), seed))
         # A zero logit is never the largest in practice. So what is generated is readable text of
         # the length asked for: no early end, no stray image placeholders, no broken UTF-8.
         model.get_output_embeddings().weight[_silent_tokens(tokenizer)] = 0
-    save_model(model.to(getattr(torch, dtype)), directory)
+    save_model(model.to(getattr(torch, dtype)), directory, architecture.published)
 
-    image_text = "<image>" if is_llava else "<|vision_start|><|image_pad|><|vision_end|>"
-    video_text = "<video>" if is_llava else "<|vision_start|><|video_pad|><|vision_end|>"
-    chat_template = CHAT_TEMPLATE.replace("IMAGE_PLACEHOLDER", image_text)
-    chat_template = chat_template.replace("VIDEO_PLACEHOLDER", video_text)
-    _write_tokenizer(directory, tokenizer, special_tokens, chat_template)
-    write_processors(directory, arch, dims, chat_template)
+    chat_template = CHAT_TEMPLATE.replace("IMAGE_PLACEHOLDER", architecture.image)
+    chat_template = chat_template.replace("VIDEO_PLACEHOLDER", architecture.video)
+    _write_tokenizer(directory, tokenizer, architecture, chat_template)
+    write_processors(directory, architecture, size, chat_template)
     write_json(
         directory / "generation_config.json",
         {
@@ -308,91 +260,21 @@ def _write_checkpoint(directory: Path, arch: str, dims: _Dims, seed: int, dtype:
     )
 
 
-def _build_model(arch: str, dims: _Dims, ids: dict[str, int]) -> "transformers.PreTrainedModel":
-    """The transformers model of an architecture, with its default (unused) initial weights."""
-    import transformers
-
-    text: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": dims.hidden,
-        "intermediate_size": dims.mlp,
-        "num_hidden_layers": dims.layers,
-        "num_attention_heads": dims.heads,
-        "num_key_value_heads": dims.kv_heads,
-        "max_position_embeddings": MAX_POSITIONS,
-        "rms_norm_eps": 1e-6,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"],
-    }
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": ROPE_THETA}
-    if arch == "llava_onevision":
-        llava_config = transformers.LlavaOnevisionConfig(
-            text_config=text
-            | {"model_type": "qwen2", "rope_parameters": rope, "max_window_layers": dims.layers},
-            vision_config={
-                "model_type": "siglip_vision_model",
-                "hidden_size": dims.vision_hidden,
-                "intermediate_size": dims.vision_mlp,
-                "num_hidden_layers": dims.vision_layers,
-                "num_attention_heads": dims.vision_heads,
-                "image_size": dims.crop_px,
-                "patch_size": 14,
-                "vision_use_head": False,
-            },
-            image_token_index=ids["<image>"],
-            video_token_index=ids["<video>"],
-            image_grid_pinpoints=_grid_pinpoints(dims.crop_px),
-        )
-        return transformers.LlavaOnevisionForConditionalGeneration(llava_config)
-
-    tokens: dict[str, Any] = {
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-    }
-    vision: dict[str, Any] = {"depth": dims.vision_layers, "num_heads": dims.vision_heads}
-    if arch == "qwen3_vl":
-        text["head_dim"] = dims.head_dim
-        rope |= {"mrope_section": MROPE_SECTION_INTERLEAVED, "mrope_interleaved": True}
-        vision |= {
-            "depth": dims.vision_layers + 1,  # one layer more, so that deepstack taps inner ones
-            "hidden_size": dims.vision_hidden,
-            "intermediate_size": dims.vision_mlp,
-            "out_hidden_size": dims.hidden,
-            "num_position_embeddings": 24 * 24,
-            "deepstack_visual_indexes": [0, dims.vision_layers - 1],
-        }
-        qwen3_config = transformers.Qwen3VLConfig(
-            text_config=text | {"rope_parameters": rope}, vision_config=vision, **tokens
-        )
-        return transformers.Qwen3VLForConditionalGeneration(qwen3_config)
-
-    rope["mrope_section"] = MROPE_SECTION
-    text |= {"rope_parameters": rope, "max_window_layers": dims.layers}
-    if arch == "qwen2_vl":
-        vision |= {
-            "embed_dim": dims.vision_hidden,
-            "hidden_size": dims.hidden,
-            "mlp_ratio": dims.vision_mlp // dims.vision_hidden,
-        }
-        qwen2_config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
-        return transformers.Qwen2VLForConditionalGeneration(qwen2_config)
-
-    vision |= {
-        "hidden_size": dims.vision_hidden,
-        "intermediate_size": dims.vision_mlp,
-        "out_hidden_size": dims.hidden,
-        # Both kinds of layers occur: windows, and full attention in every second layer.
-        "fullatt_block_indexes": list(range(1, dims.vision_layers, 2)),
-    }
-    qwen2_5_config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
-    return transformers.Qwen2_5_VLForConditionalGeneration(qwen2_5_config)
+def write_processors(
+    directory: Path, architecture: Architecture, size: str, chat_template: str
+) -> None:
+    """Write the settings of an architecture's image, video and text processors."""
+    for name, content in architecture.processors(SIZES[size]).items():
+        write_json(directory / name, content)
+    (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
-def save_model(model: "transformers.PreTrainedModel", directory: Path) -> None:
-    """Write `config.json` and the weights under the names that published checkpoints use."""
+def save_model(
+    model: "transformers.PreTrainedModel",
+    directory: Path,
+    published: "Callable[[str, torch.Tensor], tuple[str, torch.Tensor]] | None" = None,
+) -> None:
+    """Write `config.json` and the weights; `published` is `Architecture.published`."""
     from safetensors.torch import load_file, save_file
     from transformers.utils import logging
 
@@ -404,23 +286,10 @@ def save_model(model: "transformers.PreTrainedModel", directory: Path) -> None:
         if show_progress:
             logging.enable_progress_bar()
     weights_path = directory / "model.safetensors"
-    if model.config.model_type == "llava_onevision":
-        # transformers 5 dropped one level from SigLIP's module tree and does not put it back when
-        # it saves; vLLM knows the published names only.
-        weights = load_file(weights_path)
-        prefix = "vision_tower."
-        renamed = {
-            f"{prefix}vision_model.{name.removeprefix(prefix)}"
-            if name.startswith(prefix) and not name.startswith(f"{prefix}vision_model.")
-            else name: weight
-            for name, weight in weights.items()
-        }
-        save_file(renamed, weights_path, metadata={"format": "pt"})
+    if published is not None:
+        weights = dict(published(*item) for item in load_file(weights_path).items())
+        save_file(weights, weights_path, metadata={"format": "pt"})
     weights_path.chmod(0o644)  # safetensors creates files that only their owner can read
-
-
-def _grid_pinpoints(crop_px: int) -> list[list[int]]:
-    return [[crop_px * rows, crop_px * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
 
 
 def _random_parameter(name: str, shape: tuple[int, ...], seed: int) -> "torch.Tensor":
@@ -439,13 +308,20 @@ def _random_parameter(name: str, shape: tuple[int, ...], seed: int) -> "torch.Te
     # The last linear layer before the language model. Deepstack's mergers are other modules.
     makes_image_embeddings = any(
         part in name
-        for part in ("visual.merger.mlp.2", "visual.merger.linear_fc2", "projector.linear_2")
+        for part in (
+            "visual.merger.mlp.2",
+            "visual.merger.linear_fc2",
+            "visual.merger.down_proj",
+            "projector.linear_2",
+        )
     )
 
     if leaf in ("q_norm", "k_norm"):  # they undo the scale of q_proj and k_proj
         return QK_GAIN * (1 + 0.1 * values)
     if name.endswith(".bias"):
         return (0.1 * IMAGE_GAIN if makes_image_embeddings else 0.1) * values
+    if leaf in ("post_self_attn_layernorm", "post_mlp_layernorm"):  # they give branches a scale
+        return BRANCH_GAIN * (1 + 0.1 * values)
     if leaf == "embed_tokens":
         return TEXT_STD * values
     if leaf == "image_newline":
@@ -455,7 +331,9 @@ def _random_parameter(name: str, shape: tuple[int, ...], seed: int) -> "torch.Te
     if len(shape) == 1:  # the remaining vectors are norm weights
         return 1 + 0.1 * values
 
-    values = values / (values[0].numel() ** 0.5)
+    # Of all experts the weights are one tensor.
+    fan_in = shape[-1] if ".experts." in name else values[0].numel()
+    values = values / fan_in**0.5
     if leaf == "lm_head":
         return LOGIT_STD * values
     if makes_image_embeddings:
@@ -516,8 +394,9 @@ def _silent_tokens(tokenizer: "Tokenizer") -> list[int]:
 
 
 def _write_tokenizer(
-    directory: Path, tokenizer: "Tokenizer", special_tokens: Sequence[str], chat_template: str
+    directory: Path, tokenizer: "Tokenizer", architecture: Architecture, chat_template: str
 ) -> None:
+    special_tokens = architecture.special_tokens
     tokenizer.save(str(directory / "tokenizer.json"))
     model = json.loads(tokenizer.to_str())["model"]
     write_json(directory / "vocab.json", model["vocab"])
@@ -550,72 +429,9 @@ def _write_tokenizer(
             "pad_token": "<|endoftext|>",
             "split_special_tokens": False,
             "unk_token": None,
+            **architecture.named_tokens,
         },
     )
-
-
-def write_processors(directory: Path, arch: str, dims: _Dims, chat_template: str) -> None:
-    common: dict[str, Any] = {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "rescale_factor": 1 / 255,
-        "resample": 3,
-    }
-    if arch == "llava_onevision":
-        common |= {
-            "image_mean": HALF,
-            "image_std": HALF,
-            "size": {"height": dims.crop_px, "width": dims.crop_px},
-            "processor_class": "LlavaOnevisionProcessor",
-        }
-        image = common | {
-            "image_processor_type": "LlavaOnevisionImageProcessor",
-            "do_pad": True,
-            "image_grid_pinpoints": _grid_pinpoints(dims.crop_px),
-        }
-        video = common | {"video_processor_type": "LlavaOnevisionVideoProcessor"}
-        processor: dict[str, Any] = {
-            "processor_class": "LlavaOnevisionProcessor",
-            "image_token": "<image>",
-            "video_token": "<video>",
-            "num_image_tokens": (dims.crop_px // 14) ** 2,
-            "vision_feature_select_strategy": "full",
-            "vision_aspect_ratio": "anyres_max_9",
-        }
-    else:
-        is_qwen3 = arch == "qwen3_vl"
-        processor_class = {
-            "qwen2_vl": "Qwen2VLProcessor",
-            "qwen2_5_vl": "Qwen2_5_VLProcessor",
-            "qwen3_vl": "Qwen3VLProcessor",
-        }[arch]
-        common |= {
-            "image_mean": HALF if is_qwen3 else CLIP_MEAN,
-            "image_std": HALF if is_qwen3 else CLIP_STD,
-            "patch_size": 16 if is_qwen3 else 14,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
-            "processor_class": processor_class,
-        }
-        image = common | {
-            "image_processor_type": "Qwen2VLImageProcessorFast"
-            if is_qwen3
-            else "Qwen2VLImageProcessor"
-        }
-        video = common | {
-            "video_processor_type": "Qwen3VLVideoProcessor"
-            if is_qwen3
-            else "Qwen2VLVideoProcessor",
-            "cap_pixels_per_frame": False,
-        }
-        processor = {"processor_class": processor_class}
-    write_json(directory / "preprocessor_config.json", image)
-    write_json(directory / "video_preprocessor_config.json", video)
-    write_json(directory / "processor_config.json", processor)
-    (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

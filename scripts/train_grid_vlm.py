@@ -48,20 +48,12 @@ import grid_vqa as task
 import numpy as np
 import torch
 import transformers
-from make_tiny_model import (
-    CLIP_MEAN,
-    CLIP_STD,
-    DIMS,
-    MROPE_SECTION,
-    QWEN_SPECIAL_TOKENS,
-    save_model,
-    write_json,
-    write_processors,
-)
+from make_tiny_model import save_model, write_json, write_processors
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from tiny_architectures import ARCHITECTURES, CLIP_MEAN, CLIP_STD, MROPE_SECTION, QWEN_TOKENS
 from torch.nn.functional import cross_entropy
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
@@ -147,7 +139,7 @@ class Recipe:
 # Vocabulary and model
 # --------------------------------------------------------------------------------------------
 
-VOCABULARY = {word: i for i, word in enumerate((*QWEN_SPECIAL_TOKENS, UNKNOWN, *task.WORDS))}
+VOCABULARY = {word: i for i, word in enumerate((*QWEN_TOKENS, UNKNOWN, *task.WORDS))}
 VOCAB_SIZE = -(-len(VOCABULARY) // 64) * 64
 
 
@@ -802,14 +794,14 @@ def write_checkpoint(
     save_model(copy.deepcopy(model).to(torch.bfloat16), directory)
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = (*QWEN_SPECIAL_TOKENS, UNKNOWN)
+    special = (*QWEN_TOKENS, UNKNOWN)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     tokenizer.save(str(directory / "tokenizer.json"))
     write_json(
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "additional_special_tokens": [t for t in QWEN_SPECIAL_TOKENS if t not in (PAD, END)],
+            "additional_special_tokens": [t for t in QWEN_TOKENS if t not in (PAD, END)],
             "bos_token": None,
             "chat_template": CHAT_TEMPLATE,
             "clean_up_tokenization_spaces": False,
@@ -819,7 +811,7 @@ def write_checkpoint(
             "unk_token": UNKNOWN,
         },
     )
-    write_processors(directory, "qwen2_5_vl", DIMS["tiny"], CHAT_TEMPLATE)
+    write_processors(directory, ARCHITECTURES["qwen2_5_vl"], "tiny", CHAT_TEMPLATE)
     write_json(
         directory / "generation_config.json",
         {

@@ -14,9 +14,10 @@ import hypothesis
 import pytest
 from local_redis import LocalRedis, find_server
 from make_tiny_model import make_tiny_model
+from tiny_architectures import ARCHITECTURES
 from xdist.scheduler import LoadFileScheduling
 
-from tests.helpers.engine import IMAGE, Engine
+from tests.helpers.engine import Engine
 from tests.helpers.quick_start import KV_BLOCKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +91,7 @@ def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def image_placeholder() -> Callable[[str], str]:
     """The prompt text that stands for one image, by architecture."""
-    return lambda arch: "<image>" if arch == "llava_onevision" else IMAGE
+    return lambda arch: ARCHITECTURES[arch].image
 
 
 @pytest.fixture(scope="session")

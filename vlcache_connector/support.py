@@ -23,7 +23,15 @@ SUPPORTED_ARCHITECTURES = frozenset(
         "Qwen2VLForConditionalGeneration",
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
+        "Glm4vForConditionalGeneration",
+        "Glm4vMoeForConditionalGeneration",
+        "GlmOcrForConditionalGeneration",
+        "InternVLForConditionalGeneration",
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
         "LlavaOnevisionForConditionalGeneration",
+        "Mistral3ForConditionalGeneration",
     }
 )
 """Model classes whose inputs, positions and deepstack buffers the sparse prefill is tested with."""

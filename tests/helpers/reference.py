@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 Video = tuple[np.ndarray, Mapping[str, Any]]
@@ -28,6 +29,12 @@ ENCODER_INPUTS = {
     "image": ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images"),
     "video": ("pixel_values_videos", "video_grid_thw"),
 }
+
+TEXT_OF_ITEMS = {"internvl": (1, 1), "mistral3": (0, 1)}
+"""Text tokens in front of and behind an item's embeddings that belong to it, by model type."""
+
+PAIRS_OF_NEIGHBOURS = ("glm4v", "glm_ocr")
+"""Model types that rotate pairs of neighbouring elements, the others one of each half."""
 
 Offsets = Sequence[int] | Sequence[Sequence[int]]
 """Offsets within an item: one list for all layers, or one list per layer."""
@@ -90,15 +97,16 @@ class Reference:
         if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or []):
             raise NotImplementedError("sliding-window layers")
         rotary = self.text_model.rotary_emb
-        self.inv_freq = rotary.inv_freq.float()  # [head_dim / 2]
+        self.inv_freq = rotary.inv_freq.float()  # [pairs], of which heads may have more elements
         self.attention_scaling = float(rotary.attention_scaling)
         section = config.text_config.rope_parameters.get("mrope_section")
+        self.query_scaling = config.text_config.rope_parameters.get("llama_4_scaling_beta", 0.0)
         self.axes = 3 if section else 1
         self.axis_of_freq = self._axis_of_freq(section)
 
     def _axis_of_freq(self, section: Sequence[int] | None) -> Tensor:
-        """Say which position row drives each rotary frequency: [head_dim / 2] int64."""
-        axis = torch.zeros(self.head_dim // 2, dtype=torch.int64)
+        """Say which position row drives each rotary frequency: [pairs] int64."""
+        axis = torch.zeros(len(self.inv_freq), dtype=torch.int64)
         if section is None:
             return axis
         if not self.model_type.startswith("qwen3"):
@@ -125,11 +133,13 @@ class Reference:
         """Process token ids with the placeholders already expanded: vLLM's `prompt_token_ids`.
 
         `spans` replaces the item spans, by default from an item's first placeholder token to its
-        last. (vLLM's span of a Qwen3-VL video also has the timestamp before its first frame and
-        the `<|vision_end|>` after its last.)
+        last, with the text that belongs to it. (vLLM's span of a Qwen3-VL video also has the
+        timestamp before its first frame and the `<|vision_end|>` after its last.)
         """
         processor = self.processor
-        dummy = processor.image_token * len(images) + processor.video_token * len(videos)
+        dummy = processor.image_token * len(images)
+        if videos:
+            dummy += processor.video_token * len(videos)
         inputs = self._process(dummy, images, videos) if dummy else {}
         return self._build(torch.as_tensor(token_ids, dtype=torch.int64), inputs, spans)
 
@@ -145,7 +155,11 @@ class Reference:
             ]
             # Frames are taken as they come: sampling is the caller's, as it is in vLLM.
             kwargs["do_sample_frames"] = False
-        return dict(self.processor(text=[text], return_tensors="pt", **kwargs))
+        inputs = dict(self.processor(text=[text], return_tensors="pt", **kwargs))
+        if self.model_type == "internvl":
+            tiles = [self.processor.image_processor(image)["pixel_values"] for image in images]
+            inputs["num_tiles"] = [len(each) for each in tiles]
+        return inputs
 
     @torch.no_grad()
     def _build(
@@ -156,11 +170,14 @@ class Reference:
         deepstack = embeds.new_zeros(levels, *embeds.shape)
         chunks: dict[int, deque[_Chunk]] = {}
         for kind, names in ENCODER_INPUTS.items():
-            token_id = getattr(self.processor, f"{kind}_token_id")
+            token_id = getattr(self.processor, f"{kind}_token_id", -1)  # not all take videos
             place = ids == token_id
             given = {name: inputs[name] for name in names if name in inputs}
             out = getattr(self.model.model, f"get_{kind}_features")(**given) if given else None
             features = list(out.pooler_output) if out else []
+            if features and "num_tiles" in inputs:
+                tiles = iter(features)
+                features = [torch.cat([*islice(tiles, n)]) for n in inputs["num_tiles"]]
             lengths = [len(rows) for rows in features]
             if sum(lengths) != int(place.sum()):
                 raise ValueError(f"{int(place.sum())} {kind} tokens for features {lengths}")
@@ -175,6 +192,12 @@ class Reference:
     def _chunks(self, kind: str, lengths: list[int], inputs: dict[str, Any]) -> deque[_Chunk]:
         chunks: deque[_Chunk] = deque()
         for i, length in enumerate(lengths):
+            if self.model_type == "mistral3":
+                # A text token behind every row of the image.
+                patch_px = self.vision_config.patch_size * self.model.config.spatial_merge_size
+                columns = int(inputs["image_sizes"][i][1]) // patch_px
+                chunks.extend([_Chunk((kind, i), columns, None)] * (length // columns))
+                continue
             if self.axes == 1:
                 chunks.append(_Chunk((kind, i), length, None))
                 continue
@@ -217,7 +240,8 @@ class Reference:
             # transformers' get_rope_index looks at h and w only; vLLM does as is done here.)
             following = int(rows[-1].max()) + 1
             at = end
-        return torch.cat(rows, dim=1), list(spans.values())
+        before, behind = TEXT_OF_ITEMS.get(self.model_type, (0, 0))
+        return torch.cat(rows, dim=1), [(at - before, to + behind) for at, to in spans.values()]
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn x [n, heads, head_dim] by positions [axes, n], in x's precision.
@@ -227,8 +251,13 @@ class Reference:
         """
         angles = positions[self.axis_of_freq].T.to(x.dtype) * self.inv_freq.to(x.dtype)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        pairs = len(self.inv_freq)
+        turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+        shape = (pairs, 2) if self.model_type in PAIRS_OF_NEIGHBOURS else (2, pairs)
+        axis = shape.index(2) - 2
+        first, second = turned.unflatten(-1, shape).unbind(axis)
+        sides = (first * cos - second * sin, second * cos + first * sin)
+        return torch.cat((torch.stack(sides, axis).flatten(-2), rest), dim=-1)
 
     def move_keys(self, k: Tensor, difference: Tensor) -> Tensor:
         """Delta-RoPE in float64: k [layers, n, kv_heads, head_dim], difference [axes, n]."""
@@ -331,8 +360,12 @@ class Reference:
                 stays = computed[number, index]
                 hidden, index, positions = hidden[stays], index[stays], positions[:, stays]
             x = layer.input_layernorm(hidden)
-            hidden = hidden + self._attend(layer.self_attn, x, index, positions, cache, number)
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            x = self._attend(layer.self_attn, x, index, positions, cache, number)
+            # GLM-4 norms what a branch gives, too.
+            hidden = hidden + getattr(layer, "post_self_attn_layernorm", nn.Identity())(x)
+            # A mixture of experts takes batches only.
+            x = layer.mlp(layer.post_attention_layernorm(hidden)[None])[0]
+            hidden = hidden + getattr(layer, "post_mlp_layernorm", nn.Identity())(x)
             if deepstack is not None and number < len(deepstack):
                 hidden = hidden + deepstack[number, index]
         return self.text_model.norm(hidden)
@@ -349,6 +382,11 @@ class Reference:
         # YaRN and its kin scale cos and sin, so q and k each once.
         q = self.rotate(q, positions) * self.attention_scaling
         k = self.rotate(k, positions) * self.attention_scaling
+        if self.query_scaling:
+            # Llama 4's: keys are as they are.
+            parameters = self.model.config.text_config.rope_parameters
+            steps = positions[0] // parameters["original_max_position_embeddings"]
+            q = q * (1 + self.query_scaling * torch.log1p(steps))[:, None, None]
         cache.k[number, index], cache.v[number, index] = k, v
         length = int(index.max()) + 1
         keys, values = (

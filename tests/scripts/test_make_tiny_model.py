@@ -15,21 +15,28 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_architectures import ARCHITECTURES, SIZES
 
 from tests.helpers.engine import Engine
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
-ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision")
-
 # Image edge in pixels -> tokens of a square image.
 IMAGE_TOKENS = {
     "qwen2_5_vl": {56: 4, 224: 64, 1120: 1600, 1792: 4096},
     "qwen2_vl": {56: 4, 224: 64, 1120: 1600, 1792: 4096},
     "qwen3_vl": {56: 4, 224: 49, 1120: 1225, 1792: 3136},
+    "qwen3_vl_moe": {56: 4, 224: 49, 1120: 1225, 1792: 3136},
+    "internvl": {56: 18, 224: 82, 1120: 162, 1792: 162},
+    "glm4v": {56: 4, 224: 64, 1120: 1600, 1792: 2025},
+    "glm4v_moe": {56: 4, 224: 64, 1120: 1600, 1792: 2025},
+    "glm_ocr": {56: 4, 224: 64, 1120: 1600, 1792: 2025},
+    "mistral3": {56: 6, 224: 72, 1120: 1640, 1792: 4160},
+    "llava": {56: 64, 224: 64, 1120: 64, 1792: 64},
+    "llava_next": {56: 136, 224: 336, 1120: 664, 1792: 664},
     "llava_onevision": {56: 136, 224: 336, 1120: 664, 1792: 664},
 }
 # Four frames of 112 x 112 pixels.
-VIDEO_TOKENS = {"qwen2_5_vl": 32, "qwen2_vl": 32, "qwen3_vl": 32, "llava_onevision": 65}
+VIDEO_TOKENS = {"qwen2_5_vl": 32, "llava_onevision": 65}
 
 
 def _load_script() -> ModuleType:
@@ -43,15 +50,6 @@ def _load_script() -> ModuleType:
 
 
 make_tiny = _load_script()
-
-
-def _placeholders(arch: str) -> tuple[str, str]:
-    if arch == "llava_onevision":
-        return "<image>", "<video>"
-    return (
-        "<|vision_start|><|image_pad|><|vision_end|>",
-        "<|vision_start|><|video_pad|><|vision_end|>",
-    )
 
 
 def _prompt(body: str) -> str:
@@ -80,7 +78,7 @@ def _run_in_vllm(llm: Any, model_dir: Path, arch: str) -> dict[str, Any]:
     config = json.loads(Path(model_dir, "config.json").read_text())
     image_id = config.get("image_token_id", config.get("image_token_index"))
     video_id = config.get("video_token_id", config.get("video_token_index"))
-    image_text, video_text = _placeholders(arch)
+    image_text, video_text = ARCHITECTURES[arch].image, ARCHITECTURES[arch].video
     sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=20)
 
     def generate(body: str, **data: list[Any]) -> dict[str, Any]:
@@ -145,7 +143,7 @@ def _run_in_vllm(llm: Any, model_dir: Path, arch: str) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=ARCHS)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny.make_tiny_model(
         tmp_path_factory.mktemp("models") / request.param, arch=request.param
@@ -214,7 +212,7 @@ def test_chat_template_takes_text_images_and_videos(model: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    image_text, video_text = _placeholders(model.name)
+    image_text, video_text = ARCHITECTURES[model.name].image, ARCHITECTURES[model.name].video
     messages: list[Any] = [
         {
             "role": "user",
@@ -252,9 +250,11 @@ def test_tokenizer_takes_any_text_and_keeps_special_tokens_whole(model: Path) ->
     assert len(tokenizer) <= make_tiny.VOCAB_SIZE
     config = json.loads((model / "config.json").read_text())
     assert config["text_config"]["vocab_size"] == make_tiny.VOCAB_SIZE
-    image_text, video_text = _placeholders(model.name)
-    assert len(tokenizer.encode(image_text)) == len(image_text.split("><"))
-    assert len(tokenizer.encode(video_text)) == len(video_text.split("><"))
+    architecture = ARCHITECTURES[model.name]
+    for text in (architecture.image, architecture.video):
+        pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
+        assert "".join(pieces) == text
+        assert set(pieces) <= set(architecture.special_tokens)
     assert tokenizer.eos_token == "<|im_end|>"
     generation = json.loads((model / "generation_config.json").read_text())
     assert tokenizer.eos_token_id in generation["eos_token_id"]
@@ -314,16 +314,15 @@ def test_bfloat16_is_the_rounded_model(qwen: Path, tmp_path: Path) -> None:
         assert torch.equal(rounded[name], weight.bfloat16()), name
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_model_sizes(arch: str) -> None:
     import torch
 
     def parameters(size: str) -> int:
-        ids = dict.fromkeys(
-            make_tiny.QWEN_SPECIAL_TOKENS + make_tiny.LLAVA_SPECIAL_TOKENS, make_tiny.BPE_VOCAB_SIZE
-        )
+        architecture = ARCHITECTURES[arch]
+        ids = dict.fromkeys(architecture.special_tokens, make_tiny.BPE_VOCAB_SIZE)
         with torch.device("meta"):
-            model = make_tiny._build_model(arch, make_tiny.DIMS[size], ids)
+            model = architecture.model(SIZES[size], ids)
         return sum(parameter.numel() for parameter in model.parameters())
 
     assert 3e6 < parameters("tiny") < 5e6

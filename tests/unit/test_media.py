@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import vllm.multimodal.media.image as vllms_image
 from PIL import Image
+from tiny_architectures import ARCHITECTURES
 from vllm.connections import global_http_connection
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, ImageMediaIO, MediaConnector
@@ -125,7 +126,7 @@ def test_a_known_image_is_not_decoded_and_the_same_to_the_engine(
     assert expected["mm_hashes"] == again["mm_hashes"]
 
 
-@pytest.mark.parametrize("arch", ["qwen2_vl", "qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_processor_asks_for_pixels_of_what_is_in_its_cache(
     tiny_model: Callable[..., Path],
     image_placeholder: Callable[[str], str],

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_architectures import ARCHITECTURES
 from torch import Tensor
 from transformers import DynamicCache
 
 from tests.helpers.reference import KV, Prompt, Reference, Result
 
-ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision")
-MROPE_ARCHS = ARCHS[:3]
+VIDEO_ARCHS = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision")
+MROPE_ARCHS = (*VIDEO_ARCHS[:4], "glm4v", "glm4v_moe", "glm_ocr")
 TOLERANCE = 1e-4
 
 
@@ -35,11 +36,6 @@ def one_thread() -> Iterator[None]:
 def picture(seed: int, width: int, height: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-def placeholder(ref: Reference, kind: str = "image") -> str:
-    token = getattr(ref.processor, f"{kind}_token")
-    return token if ref.axes == 1 else f"<|vision_start|>{token}<|vision_end|>"
 
 
 WIDE, TALL = picture(1, 168, 84), picture(2, 84, 140)
@@ -59,8 +55,8 @@ class Case:
         return {item: (self.donor_result, self.donor, 1 - item) for item in items}
 
 
-def make_case(ref: Reference) -> Case:
-    one = placeholder(ref)
+def make_case(arch: str, ref: Reference) -> Case:
+    one = ARCHITECTURES[arch].image
     donor = ref.prompt(f"What is the colour of {one} and {one}? Say", [WIDE, TALL])
     target = ref.prompt(
         f"Here are two pictures, look at them: {one} is one, {one} the other. And", [TALL, WIDE]
@@ -70,10 +66,10 @@ def make_case(ref: Reference) -> Case:
 
 @pytest.fixture(scope="module")
 def cases(tiny_model: Callable[[str], Path]) -> Callable[[str], Case]:
-    return cache(lambda arch: make_case(Reference(tiny_model(arch))))
+    return cache(lambda arch: make_case(arch, Reference(tiny_model(arch))))
 
 
-@pytest.fixture(params=ARCHS)
+@pytest.fixture(params=ARCHITECTURES)
 def case(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
     return cases(request.param)
 
@@ -129,10 +125,7 @@ def transformers_mixed(
     for item in reused_kv:
         start, end = target.spans[item]
         source[start:end] = item
-    visual = torch.isin(
-        target.input_ids,
-        torch.tensor([ref.processor.image_token_id, ref.processor.video_token_id]),
-    )
+    visual = target.input_ids == ref.processor.image_token_id
     hidden = torch.empty(0)
     for _, group in groupby(range(n), key=lambda i: -1 if computed[i] else int(source[i])):
         run = torch.tensor(list(group))
@@ -302,12 +295,13 @@ def test_refuses_what_makes_no_sense(case: Case) -> None:
         ref.reuse(cut, case.reused(1), {})
 
 
-def test_video(case: Case) -> None:
+@pytest.mark.parametrize("arch", VIDEO_ARCHS)
+def test_video(cases: Callable[[str], Case], arch: str) -> None:
     """With M-RoPE frames make the axes differ within an item; all holds as for images."""
-    ref = case.ref
+    ref = cases(arch).ref
     frames = np.random.default_rng(5).integers(0, 256, (8, 84, 112, 3), dtype=np.uint8)
     metadata = {"fps": 2.0, "duration": 4.0, "total_num_frames": 8, "frames_indices": [*range(8)]}
-    video, image = placeholder(ref, "video"), placeholder(ref)
+    image, video = ARCHITECTURES[arch].image, ARCHITECTURES[arch].video
     donor = ref.prompt(f"Film: {video}. What happens?", videos=[(frames, metadata)])
     target = ref.prompt(f"{image} and then {video}. So", [WIDE], [(frames, metadata)])
     start, end = target.spans[1]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_architectures import ARCHITECTURES
 
 from tests.helpers.fake_runner import FakeRunner, FakeTokenizer
 from vlcache_connector.calibration import RELATIONS, Relation, relation_of
@@ -212,7 +213,7 @@ def test_templates_that_fail_or_drop_images_are_refused(
         make_render(TemplateTokenizer(result), HF_CONFIG)
 
 
-@pytest.mark.parametrize("arch", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_real_templates_keep_text_and_images_in_order(
     arch: str, tiny_model: Callable[..., Path], image_placeholder: Callable[[str], str]
 ) -> None:
