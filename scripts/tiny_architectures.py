@@ -126,7 +126,7 @@ _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
-def _qwen_ids(ids: TokenIds) -> dict[str, int]:
+def _qwen_ids(ids: TokenIds) -> dict[str, Any]:
     return {
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
@@ -541,7 +541,7 @@ _GLM_IMAGE = "<|begin_of_image|><|image|><|end_of_image|>"
 _GLM_VIDEO = "<|begin_of_video|><|video|><|end_of_video|>"
 
 
-def _glm_ids(ids: TokenIds) -> dict[str, int]:
+def _glm_ids(ids: TokenIds) -> dict[str, Any]:
     return {
         "image_token_id": ids["<|image|>"],
         "image_start_token_id": ids["<|begin_of_image|>"],
