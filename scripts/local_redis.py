@@ -20,8 +20,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 _START_SECONDS = 20.0
-_HIGHEST_PORT = 55_000
-"""A cluster's servers listen on a second port, 10,000 above."""
+_BUS = 10_000
+"""A cluster's servers listen on a second port, so far above their own."""
 
 
 class RedisError(RuntimeError):
@@ -52,13 +52,14 @@ def find_valkey() -> str | None:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on at this moment."""
+    """A port of 127.0.0.1 that nobody has at this moment, nor the one `_BUS` above."""
     while True:
-        with socket.socket() as probe:
+        with socket.socket() as probe, socket.socket() as bus:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
-        if port < _HIGHEST_PORT:
-            return port
+            with contextlib.suppress(OSError, OverflowError):
+                bus.bind(("127.0.0.1", port + _BUS))
+                return port
 
 
 class LocalRedis:

@@ -11,11 +11,11 @@ import contextlib
 import logging
 import socket
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.internal_api import L2StoreResult
@@ -196,8 +196,8 @@ def _require_answer(name: str, address: str) -> None:
     """Raise RuntimeError if nobody answers there."""
     try:
         if address.startswith("http"):
-            with contextlib.suppress(urllib.error.HTTPError):  # an answer, too
-                urllib.request.urlopen(address, timeout=_PROBE_SECONDS).close()
+            with contextlib.suppress(HTTPError):  # an answer, too
+                urlopen(address, timeout=_PROBE_SECONDS).close()
         else:
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), _PROBE_SECONDS).close()
