@@ -16,6 +16,9 @@ export HF_HUB_OFFLINE=1
 export VLLM_NO_USAGE_STATS=1
 export DO_NOT_TRACK=1
 export LMCACHE_TRACK_USAGE=false
+# Two processes share the cores: more threads of theirs would only spin beside each other.
+export OMP_NUM_THREADS=1
+export VLLM_CPU_OMP_THREADS_BIND=nobind
 # Dozens of processes import vLLM: none has to compile its modules anew.
 unset PYTHONDONTWRITEBYTECODE
 # Without a GPU, Triton kernels run in Triton's interpreter.
