@@ -53,6 +53,7 @@ TURN_FILLERS, TEXT_FILLERS = 32, 24
 """Of each turn of a chat, and of a prompt without images."""
 IMAGES, ONE_OFFS_PER_KNOWN = 2, 4
 """mixed and burst: images in a prompt; burst: after how many prompts known images come."""
+FIRST, LATER = "first turn", "later turns"
 LEAVING = 2
 """agent: screenshots that leave with each turn."""
 MIXED_OUTPUT_TOKENS = 16
@@ -163,7 +164,7 @@ def make_workloads(scale: Scale) -> list[Workload]:
     seeds = itertools.count(SEEDS_APART, SEEDS_APART)
     return [
         Workload("window", _window(next(seeds), scale.users, scale.turns, scale.images, 1)),
-        Workload("agent", _window(next(seeds), 1, scale.agent_turns, scale.screenshots, LEAVING)),
+        _agent(scale, next(seeds)),
         _documents(scale, next(seeds)),
         _chats(scale, next(seeds)),
         _mixed(scale, next(seeds)),
@@ -182,6 +183,14 @@ def _window(first: int, users: int, turns: int, images: int, leaving: int) -> tu
     return shifted(range(start, start + images) for start in starts)
 
 
+def _agent(scale: Scale, first: int) -> Workload:
+    turns = _window(first, 1, scale.agent_turns, scale.screenshots, LEAVING)
+    kinds = [FIRST, *[LATER] * (len(turns) - 1)]
+    return Workload(
+        "agent", tuple(replace(turn, kind=kind) for turn, kind in zip(turns, kinds, strict=True))
+    )
+
+
 def _documents(scale: Scale, first: int) -> Workload:
     orders = []
     for number in range(scale.questions):
@@ -197,7 +206,7 @@ def _chats(scale: Scale, first: int) -> Workload:
         Prompt(
             images[chat],
             fillers=3,  # elsewhere than where it was shown
-            kind="later turns" if turn else "first turn",
+            kind=LATER if turn else FIRST,
             chat=chat,
             behind=turn * TURN_FILLERS,
         )
