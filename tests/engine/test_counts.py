@@ -214,4 +214,4 @@ def test_parts_of_the_time_to_first_token(
         assert min(parts[name].values()) > 0, name
         assert sum(parts[name].values()) <= ttft, name
     # Each has come at a time of its own.
-    assert parts["cold"]["queue"] > parts["warm"]["queue"] > parts["other"]["queue"]
+    assert len({parts[name]["queue"] for name in ("cold", "warm", "other")}) == 3
