@@ -439,7 +439,12 @@ SEAMS: tuple[Seam, ...] = (
     _has(
         "vllm.v1.core.sched.output:SchedulerOutput",
         "scheduler/scheduler.py",
-        "num_scheduled_tokens total_num_scheduled_tokens preempted_req_ids",
+        "num_scheduled_tokens total_num_scheduled_tokens preempted_req_ids scheduled_new_reqs",
+    ),
+    _has(
+        "vllm.v1.core.sched.output:NewRequestData",
+        "scheduler/scheduler.py",
+        "req_id mm_features",
     ),
     _takes(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -241,3 +242,33 @@ def test_any_order_of_requests_and_interruptions(engines: Callable[..., Engine])
             derandomize=True,
         ),
     )
+
+
+def run_and_lose_everything(llm: Any, ask: Ask) -> Answer:
+    """Preempt a request that has claimed its image, and leave nothing of that anywhere."""
+    engine = llm.llm_engine
+    core = engine.engine_core.engine_core
+    engine.add_request("preempted", *request_of(ask))
+    engine.step()
+    assert core.scheduler.requests
+    assert core.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+    core.reset_encoder_cache()
+    outputs: list[Any] = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    return answer_of(outputs[-1])
+
+
+@pytest.mark.parametrize("runner", [None, "V2"])
+def test_a_preempted_request_may_find_nothing_when_it_goes_on(
+    engines: Callable[..., Engine], runner: Literal["V2"] | None
+) -> None:
+    """vLLM has left the image's pixels out, since its tokens were claimed."""
+    engine = engines({}) if runner is None else engines({}, runner=runner)
+    image = ((699, 224),)
+    engine.ask(Ask(f"to be lost {IMAGE}", image))
+    ask = Ask(f"lost in between {IMAGE} is it", image, max_tokens=4)
+    answer = engine.call(run_and_lose_everything, ask)
+    assert answer.finish_reason == "length"
+    [expected] = engines(None).ask(ask)
+    assert len(answer.tokens) == len(expected.tokens)

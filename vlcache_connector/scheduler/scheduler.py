@@ -450,6 +450,7 @@ class SchedulerSide:
 
     def build_step_plan(self, output: SchedulerOutput) -> StepPlan:
         """Everything the workers do in this step."""
+        self._give_pixels_back(output)
         cancelled, self._cancelled = self._cancelled, []
         for req_id in output.preempted_req_ids or ():
             tracked = self._requests.get(req_id)
@@ -494,6 +495,17 @@ class SchedulerSide:
         plan.dropped_segments = self._segments.take_evicted()
         plan.encoder = self._encoder_rows.plan(output, fetches=bool(plan.fetches))
         return plan
+
+    def _give_pixels_back(self, output: SchedulerOutput) -> None:
+        """Let the workers have all of an image, although its tokens count as computed.
+
+        vLLM leaves out its pixels then (`strip_covered_mm_data`), for good: a request that is
+        preempted and finds neither blocks nor a segment when it goes on would end the engine.
+        """
+        for new in output.scheduled_new_reqs:
+            tracked = self._requests.get(new.req_id)
+            if tracked is not None:
+                new.mm_features = tracked.request.mm_features
 
     def update_from_report(self, report: StepReport) -> None:
         """Take in what the workers stored, lost and measured."""
