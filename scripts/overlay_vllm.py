@@ -14,14 +14,13 @@ Usage::
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
-
-import vllm
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = {"0.33.0": ("orjson>=3.11.6",)}
@@ -59,6 +58,14 @@ def overlay(version: str, wheel: Path, installed: Path, target: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _installed() -> Path:
+    """The package `vllm`, which takes seconds to import."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
 def main() -> int:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -72,7 +79,7 @@ def main() -> int:
             subprocess.run([*pip, "download", *only, f"vllm=={version}"], check=True)
             subprocess.run([*pip, "install", *NEEDED[version]], check=True)
             [wheel] = Path(folder).glob("*.whl")
-            overlay(version, wheel, Path(vllm.__file__).parent, target)
+            overlay(version, wheel, _installed(), target)
     print(target)
     return 0
 

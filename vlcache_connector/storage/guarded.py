@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lmcache.lmcache_native import Bitmap
@@ -38,6 +38,7 @@ from lmcache.v1.distributed.l2_adapters.factory import (
 )
 from lmcache.v1.platform import consume_fd, create_event_notifier
 
+from vlcache_connector.storage.answers import AnsweringAdapter, Operation
 from vlcache_connector.storage.layout import check_object
 from vlcache_connector.store.codec import RefusalReason, RefusedObject
 
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Operation = Literal["lookup", "load", "store"]
-_OPERATIONS: tuple[Operation, ...] = ("lookup", "load", "store")
 _FIRST_PAUSE = 0.5
 """Seconds between two attempts to make an adapter, doubled until the longest pause."""
 _LONGEST_PAUSE = 30.0
@@ -145,7 +144,7 @@ class _Bridge(L2AdapterListener):
         pass  # without sizes: `GuardedAdapter.delete` passes it on
 
 
-class GuardedAdapter(L2AdapterInterface):
+class GuardedAdapter(AnsweringAdapter):
     """See the module. Called from LMCache's threads; has one of its own, and one while the inner
     adapter is made.
 
@@ -159,14 +158,10 @@ class GuardedAdapter(L2AdapterInterface):
         self.counters = Counters()
         self._config = config
         self._make = partial(create_l2_adapter_from_registry, config.inner_config, l1_memory_desc)
-        self._notifiers = {operation: create_event_notifier() for operation in _OPERATIONS}
-        self._answers: dict[Operation, dict[int, Any]] = {name: {} for name in _OPERATIONS}
         self._wake = create_event_notifier()
-        self._lock = threading.RLock()
         self._inner: L2AdapterInterface | None = None
         self._parts: dict[tuple[Operation, int], tuple[_Task, Sequence[int]]] = {}
         """Of the present inner adapter, by its own task ids."""
-        self._next_id = 0
         self._rebuild_at = 0.0
         self._rebuild_pause = _FIRST_PAUSE
         self._stored_bytes: dict[ObjectKey, int] = {}
@@ -179,15 +174,6 @@ class GuardedAdapter(L2AdapterInterface):
         self._thread.start()
 
     # -- LMCache's interface ------------------------------------------------------------------
-
-    def get_store_event_fd(self) -> int:
-        return int(self._notifiers["store"].fileno())
-
-    def get_lookup_and_lock_event_fd(self) -> int:
-        return int(self._notifiers["lookup"].fileno())
-
-    def get_load_event_fd(self) -> int:
-        return int(self._notifiers["load"].fileno())
 
     def submit_store_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
         return self._submit(
@@ -208,19 +194,6 @@ class GuardedAdapter(L2AdapterInterface):
         return self._submit(
             "load", keys, objects, lambda inner, *part: inner.submit_load_task(*part)
         )
-
-    def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
-        with self._lock:
-            answers, self._answers["store"] = self._answers["store"], {}
-        return answers
-
-    def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
-        with self._lock:
-            return self._answers["lookup"].pop(task_id, None)
-
-    def query_load_result(self, task_id: int) -> Bitmap | None:
-        with self._lock:
-            return self._answers["load"].pop(task_id, None)
 
     def submit_unlock(self, keys: list[ObjectKey]) -> None:
         with self._lock:
@@ -258,8 +231,8 @@ class GuardedAdapter(L2AdapterInterface):
             closing = threading.Thread(target=_close_quietly, args=(inner,), daemon=True)
             closing.start()
             closing.join(_CLOSE_SECONDS)
-        for notifier in (*self._notifiers.values(), self._wake):
-            notifier.close()
+        self._wake.close()
+        self._close_notifiers()
 
     # -- handing on ---------------------------------------------------------------------------
 
@@ -271,8 +244,7 @@ class GuardedAdapter(L2AdapterInterface):
         start: Callable[[L2AdapterInterface, list[ObjectKey], list[MemoryObj]], int],
     ) -> int:
         with self._lock:
-            task = _Task(self._next_id, operation, list(keys), list(objects), time.monotonic())
-            self._next_id += 1
+            task = _Task(self._new_id(), operation, list(keys), list(objects), time.monotonic())
             inner = self._inner
             batches = _by_length(objects) if objects else [range(len(keys))]
             for batch in batches if inner is not None else ():
@@ -285,11 +257,11 @@ class GuardedAdapter(L2AdapterInterface):
                 except Exception as error:
                     logger.warning("VLCache: %s was not taken: %s", operation, error)
             if not task.parts:
-                self._answer(task)
+                self._end(task)
         self._wake.notify()  # for its deadline
         return task.id
 
-    def _answer(self, task: _Task) -> None:
+    def _end(self, task: _Task) -> None:
         if task.answered:
             return
         task.answered = True
@@ -300,8 +272,7 @@ class GuardedAdapter(L2AdapterInterface):
             answer = Bitmap(len(task.keys))
             for index in task.done:
                 answer.set(index)
-        self._answers[task.operation][task.id] = answer
-        self._notifiers[task.operation].notify()
+        self._answer(task.operation, task.id, answer)
 
     # -- the guard's own thread ----------------------------------------------------------------
 
@@ -364,7 +335,7 @@ class GuardedAdapter(L2AdapterInterface):
             if operation == "store":
                 task.num_bytes += result.bytes_transferred()
             if not task.parts:
-                self._answer(task)
+                self._end(task)
             if operation == "store" and result.is_successful():
                 self._rebuild_pause = _FIRST_PAUSE
             elif operation == "store":
@@ -391,7 +362,7 @@ class GuardedAdapter(L2AdapterInterface):
                 if is_overdue and not task.answered:
                     self.counters.overdue += 1
                     task.done.clear()
-                    self._answer(task)
+                    self._end(task)
                 if age > self._config.transfer_seconds:
                     self._rebuild(f"a {task.operation} took more than {age:.0f} s")
                     return
@@ -431,7 +402,7 @@ class GuardedAdapter(L2AdapterInterface):
         with self._lock:
             for task, _ in parts.values():
                 task.done.clear()
-                self._answer(task)
+                self._end(task)
         pause = _FIRST_PAUSE
         while not self._closing.is_set():
             try:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.internal_api import L2StoreResult
-from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
-from lmcache.v1.platform import create_event_notifier
+
+from vlcache_connector.storage.answers import AnsweringAdapter, Operation
 
 if TYPE_CHECKING:
     from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Operation = Literal["store", "lookup", "load"]
-_OPERATIONS: tuple[Operation, ...] = ("store", "lookup", "load")
 _FOUND = 1
 _PROBE_SECONDS = 2.0
 
@@ -47,7 +44,7 @@ _DEFAULTS: dict[str, Any] = {
 """Parameters, named as Mooncake names them; None: has to be given."""
 
 
-class MooncakeAdapter(L2AdapterInterface):
+class MooncakeAdapter(AnsweringAdapter):
     """An L2 adapter over a Mooncake client.
 
     Args:
@@ -88,19 +85,6 @@ class MooncakeAdapter(L2AdapterInterface):
             self._client.close()
             raise RuntimeError(f"Mooncake did not take host memory: code {code}")
         self._workers = ThreadPoolExecutor(values["num_workers"], "vlcache-mooncake")
-        self._notifiers = {operation: create_event_notifier() for operation in _OPERATIONS}
-        self._answers: dict[Operation, dict[int, Any]] = {name: {} for name in _OPERATIONS}
-        self._lock = threading.Lock()
-        self._next_id = 0
-
-    def get_store_event_fd(self) -> int:
-        return int(self._notifiers["store"].fileno())
-
-    def get_lookup_and_lock_event_fd(self) -> int:
-        return int(self._notifiers["lookup"].fileno())
-
-    def get_load_event_fd(self) -> int:
-        return int(self._notifiers["load"].fileno())
 
     def submit_store_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
         def store() -> L2StoreResult:
@@ -134,19 +118,6 @@ class MooncakeAdapter(L2AdapterInterface):
     def submit_unlock(self, keys: list[ObjectKey]) -> None:
         pass  # Mooncake's own leases protect what was looked up
 
-    def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
-        with self._lock:
-            answers, self._answers["store"] = self._answers["store"], {}
-        return answers
-
-    def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
-        with self._lock:
-            return self._answers["lookup"].pop(task_id, None)
-
-    def query_load_result(self, task_id: int) -> Bitmap | None:
-        with self._lock:
-            return self._answers["load"].pop(task_id, None)
-
     def delete(self, keys: list[ObjectKey]) -> None:
         gone = [key for key in keys if self._client.remove(_name(key)) == 0]
         self._notify_keys_deleted(gone, [0] * len(gone))
@@ -158,13 +129,10 @@ class MooncakeAdapter(L2AdapterInterface):
         """Waits for what the client is doing, which has LMCache's memory until then."""
         self._workers.shutdown()
         self._client.close()
-        for notifier in self._notifiers.values():
-            notifier.close()
+        self._close_notifiers()
 
     def _submit(self, operation: Operation, work: Callable[[], Any], failed: Any) -> int:
-        with self._lock:
-            task_id = self._next_id
-            self._next_id += 1
+        task_id = self._new_id()
 
         def run() -> None:
             try:
@@ -172,9 +140,7 @@ class MooncakeAdapter(L2AdapterInterface):
             except Exception:
                 logger.exception("Mooncake: %s failed", operation)
                 answer = failed
-            with self._lock:
-                self._answers[operation][task_id] = answer
-            self._notifiers[operation].notify()
+            self._answer(operation, task_id, answer)
 
         self._workers.submit(run)
         return task_id

@@ -1,0 +1,67 @@
+"""What every L2 adapter of ours does alike: it hands out task ids, and keeps answers until they are
+asked for.
+
+LMCache seam: `L2AdapterInterface` (`lmcache/v1/distributed/l2_adapters/base.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, Literal
+
+from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
+from lmcache.v1.platform import create_event_notifier
+
+if TYPE_CHECKING:
+    from lmcache.lmcache_native import Bitmap
+    from lmcache.v1.distributed.internal_api import L2StoreResult
+
+Operation = Literal["lookup", "load", "store"]
+_OPERATIONS: tuple[Operation, ...] = ("lookup", "load", "store")
+
+
+class AnsweringAdapter(L2AdapterInterface):
+    """An adapter whose tasks end in `_answer`, in any thread."""
+
+    def __init__(self, max_capacity_bytes: int = 0) -> None:
+        super().__init__(max_capacity_bytes=max_capacity_bytes)
+        self._lock = threading.RLock()
+        self._notifiers = {operation: create_event_notifier() for operation in _OPERATIONS}
+        self._answers: dict[Operation, dict[int, Any]] = {name: {} for name in _OPERATIONS}
+        self._next_id = 0
+
+    def get_store_event_fd(self) -> int:
+        return int(self._notifiers["store"].fileno())
+
+    def get_lookup_and_lock_event_fd(self) -> int:
+        return int(self._notifiers["lookup"].fileno())
+
+    def get_load_event_fd(self) -> int:
+        return int(self._notifiers["load"].fileno())
+
+    def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
+        with self._lock:
+            answers, self._answers["store"] = self._answers["store"], {}
+        return answers
+
+    def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
+        with self._lock:
+            return self._answers["lookup"].pop(task_id, None)
+
+    def query_load_result(self, task_id: int) -> Bitmap | None:
+        with self._lock:
+            return self._answers["load"].pop(task_id, None)
+
+    def _new_id(self) -> int:
+        with self._lock:
+            self._next_id += 1
+            return self._next_id - 1
+
+    def _answer(self, operation: Operation, task_id: int, answer: Any) -> None:
+        with self._lock:
+            self._answers[operation][task_id] = answer
+        self._notifiers[operation].notify()
+
+    def _close_notifiers(self) -> None:
+        for notifier in self._notifiers.values():
+            notifier.close()
