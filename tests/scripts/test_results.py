@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,11 +34,20 @@ def test_numbers_with_their_range() -> None:
     assert with_range(Spread.of([3, 1, 2]), ".1f") == "2.0 (1.0-3.0)"
 
 
-def test_cpu_time_of_this_group_is_not_that_of_others() -> None:
-    group = os.getpgrp()
-    before = CpuTimes.now([group])
-    until = time.process_time() + 0.3
-    while time.process_time() < until:
-        pass
-    after = CpuTimes.now([group])
-    assert after.groups[0] - before.groups[0] > 0.2
+def test_cpu_time_of_a_group_is_not_that_of_others() -> None:
+    busy = "import time\ninput()\nwhile time.process_time() < 1: pass\nprint(flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", busy],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        process_group=0,
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        before = CpuTimes.now([child.pid])
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        child.stdout.readline()
+        after = CpuTimes.now([child.pid])
+        child.stdin.close()
+    assert after.groups[0] - before.groups[0] > 0.5
