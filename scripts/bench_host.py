@@ -455,7 +455,7 @@ class Host:
         import torch
 
         from vlcache_connector.scheduler.requests import TrackedRequest
-        from vlcache_connector.store import SegmentId
+        from vlcache_connector.storage.header import SegmentId
 
         self._segments.clear()
         self._rows.index.clear()

@@ -53,7 +53,7 @@ from rich.console import Console
 from serving import CELL_PX, ROOT, SERVER_ENV, make_image
 from tiny_architectures import MAX_PIXELS
 
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 SCHEMA = 1
 PARTS = ("bandwidth", "tiers", "gate")

@@ -72,7 +72,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from stress import IMAGE, Ask, EngineCrashedError, EngineHungError, EngineProcess, Result
 
-from vlcache_connector.store import codec
+from vlcache_connector.storage import codec
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1

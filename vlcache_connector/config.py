@@ -21,6 +21,9 @@ SelectorName = Literal["first_k", "layer_aware", "cacheblend", "random_k", "none
 GateMode = Literal["require", "warn", "off"]
 DonorMode = Literal["first_seen", "canonical"]
 
+ADAPTER_TYPES = ("fs", "fs_native", "valkey", "resp", "mooncake")
+"""LMCache's L2 adapters that VLCache is tested with, the nearest first."""
+
 
 def _byte_size(value: Any) -> Any:
     return TypeAdapter(ByteSize).validate_python(value) if isinstance(value, str) else value

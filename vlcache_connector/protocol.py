@@ -26,7 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from .store.header import Kind
+from .storage.header import Kind
 from .tiers.base import NoAnswer
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine, run
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 DONOR = Ask(f"seen before {IMAGE} here", ((501, 224),))
 

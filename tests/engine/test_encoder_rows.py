@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.encoder import count_encoder_runs, forget_vllms_encoder_cache
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 A, B = (301, 224), (302, 336, 224)
 

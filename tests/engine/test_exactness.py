@@ -12,7 +12,7 @@ import torch
 from vllm.platforms import current_platform
 
 from tests.helpers.engine import IMAGE, VIDEO, Answer, Ask, Engine
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 FULL = {"recompute_ratio": 1.0}
 A, B, C = (11, 224), (12, 336, 224), (13, 224)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine, EngineError
 from tests.helpers.stored import put_kv
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 A, B = (71, 224), (72, 336, 224)
 _donors = itertools.count()

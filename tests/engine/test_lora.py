@@ -13,7 +13,7 @@ import torch
 
 from tests.helpers.adapter import RANK, make_adapter
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine, answer_of, request_of
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 PICTURE = (601, 224)
 DONOR = Ask(f"seen before {IMAGE} here", (PICTURE,))

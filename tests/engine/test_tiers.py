@@ -13,7 +13,7 @@ from local_redis import LocalRedis, find_server
 
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine
 from tests.helpers.quick_start import KV_BLOCKS
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 A, B = (171, 224), (172, 336, 224)
 DONOR = Ask(f"see {IMAGE} and {IMAGE}", (A, B))

@@ -19,7 +19,7 @@ from local_redis import LocalRedis, find_server
 from redis_proxy import RedisProxy
 from stress import Ask, Result
 
-from vlcache_connector.store import codec, header
+from vlcache_connector.storage import codec, header
 from vlcache_connector.tiers import Deadline, Name, RedisTier, TierError
 
 needs_redis = pytest.mark.skipif(find_server() is None, reason="no redis-server")

@@ -16,7 +16,7 @@ import torch
 from local_redis import find_server
 from stress import Ask, Result
 
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 
 def answer(reused: int = 0, shift: float = 0.0) -> Result:

@@ -18,7 +18,8 @@ from local_redis import LocalRedis, free_port
 from tests.helpers.stored import put_kv
 from vlcache_connector import cli
 from vlcache_connector.cli import console, inspection
-from vlcache_connector.store import LMCacheSegmentStore, RefusedObject, SegmentId
+from vlcache_connector.storage.header import RefusedObject, SegmentId
+from vlcache_connector.store import LMCacheSegmentStore
 from vlcache_connector.store.objects import check_objects
 from vlcache_connector.tiers import Deadline, DiskTier, Name, RedisTier, Tier
 

@@ -16,8 +16,8 @@ from local_redis import LocalRedis, find_server, find_valkey, free_port
 from vlcache_connector.storage.adapters import guarded_configs
 from vlcache_connector.storage.engine import SegmentEngine, Staged
 from vlcache_connector.storage.guarded import GuardedAdapter
+from vlcache_connector.storage.header import SegmentId
 from vlcache_connector.storage.layout import Form, Space
-from vlcache_connector.store import SegmentId
 
 MIB = 1 << 20
 LAYERS, HEADS, HEAD_DIM = 7, 2, 16

@@ -15,8 +15,8 @@ from tests.helpers.mooncake import Master, Node, find_master
 from tests.server.test_storage_engine import FORM, MIB, SPACE, holds, put, stage
 from vlcache_connector.storage.adapters import guarded_configs
 from vlcache_connector.storage.engine import SegmentEngine
+from vlcache_connector.storage.header import SegmentId
 from vlcache_connector.storage.mooncake import MooncakeAdapter
-from vlcache_connector.store import SegmentId
 
 LOOKUP_SECONDS = 0.5
 

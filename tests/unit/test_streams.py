@@ -16,7 +16,9 @@ from torch import Tensor
 from tests.helpers.unordered_device import Device
 from vlcache_connector import streams
 from vlcache_connector.rope import RotarySpec
-from vlcache_connector.store import LMCacheSegmentStore, Segment, SegmentId, SegmentInfo
+from vlcache_connector.storage.header import SegmentId
+from vlcache_connector.storage.segment import Segment, SegmentInfo
+from vlcache_connector.store import LMCacheSegmentStore
 from vlcache_connector.streams import Leaving, Outbox, Ring, StagedSegment, upload
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker import loader

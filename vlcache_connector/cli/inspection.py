@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from ..config import ConfigError
-from ..store import RefusalReason, RefusedObject, codec
+from ..storage import codec
+from ..storage.header import RefusalReason, RefusedObject
 from ..store.objects import as_buffers, check_objects
 from ..tiers import Deadline, DiskTier, Entry, Fault, RedisTier, Tier, TierError, TierName
 from ..tiers.base import check_deployment

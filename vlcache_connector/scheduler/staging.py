@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..protocol import Fetched, FetchPlan, Item, Outcome, slowest
-from ..store import Kind
+from ..storage.header import Kind
 from .donors import Donors
 from .index import ResidencyIndex
 from .requests import Lookup

@@ -38,6 +38,7 @@ def guarded_configs(
     from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
 
     from vlcache_connector.storage.guarded import GuardedConfig
+    from vlcache_connector.storage.tier import Tier
 
     for index, spec in enumerate(specs):
         _check(f"l2_adapters[{index}]", spec)
@@ -45,6 +46,7 @@ def guarded_configs(
     return [
         GuardedConfig(
             config,
+            tier=Tier(spec["type"]),
             reconnects=spec["type"] not in _NEVER_RECONNECTS,
             lookup_seconds=lookup_seconds,
             transfer_seconds=transfer_seconds,

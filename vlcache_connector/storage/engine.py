@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from vlcache_connector.storage import codec
+from vlcache_connector.storage.codec import ObjectHeader, RefusedObject, SegmentId
 from vlcache_connector.storage.layout import Form, Space, read_objects
-from vlcache_connector.store import codec
-from vlcache_connector.store.base import Segment, SegmentInfo
-from vlcache_connector.store.codec import ObjectHeader, RefusedObject, SegmentId
+from vlcache_connector.storage.segment import Segment, SegmentInfo
 
 if TYPE_CHECKING:
     from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey, PrefetchHandle

@@ -39,8 +39,9 @@ from lmcache.v1.distributed.l2_adapters.factory import (
 from lmcache.v1.platform import consume_fd, create_event_notifier
 
 from vlcache_connector.storage.answers import AnsweringAdapter, Operation
+from vlcache_connector.storage.codec import RefusalReason, RefusedObject
 from vlcache_connector.storage.layout import check_object
-from vlcache_connector.store.codec import RefusalReason, RefusedObject
+from vlcache_connector.storage.tier import Tier
 
 if TYPE_CHECKING:
     from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
@@ -62,6 +63,7 @@ class GuardedConfig(L2AdapterConfigBase):
 
     Args:
         inner: the adapter's own.
+        tier: what the guard records in, and goes by.
         reconnects: the adapter bounds its own calls and connects again by itself. If not, it has to
             end its threads when it is closed.
         lookup_seconds: a lookup that takes longer found nothing.
@@ -74,12 +76,14 @@ class GuardedConfig(L2AdapterConfigBase):
         self,
         inner: L2AdapterConfigBase,
         *,
+        tier: Tier,
         reconnects: bool,
         lookup_seconds: float = 0.5,
         transfer_seconds: float = 10.0,
         start_seconds: float = 5.0,
     ) -> None:
         self.inner_config = inner  # the name under which LMCache looks for it
+        self.tier = tier
         self.reconnects = reconnects
         self.lookup_seconds = lookup_seconds
         self.transfer_seconds = transfer_seconds

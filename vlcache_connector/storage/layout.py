@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vlcache_connector.store import codec
-from vlcache_connector.store.codec import Kind, ObjectHeader, RefusedObject, SegmentId
-from vlcache_connector.store.grouping import groupings
+from vlcache_connector.storage import codec
+from vlcache_connector.storage.codec import Kind, ObjectHeader, RefusedObject, SegmentId
+from vlcache_connector.storage.grouping import groupings
 
 if TYPE_CHECKING:
     from lmcache.v1.distributed.api import ObjectKey

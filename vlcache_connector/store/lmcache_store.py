@@ -13,18 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlcache_connector.store import codec
-from vlcache_connector.store.base import (
-    EncodedSegment,
-    KVWriter,
-    Segment,
-    SegmentInfo,
-    SegmentStore,
-    StoreCounters,
-    StoreUsage,
-)
-from vlcache_connector.store.codec import ObjectHeader, RefusedObject, SegmentId
-from vlcache_connector.store.grouping import groupings
+from vlcache_connector.storage import codec
+from vlcache_connector.storage.codec import ObjectHeader, RefusedObject, SegmentId
+from vlcache_connector.storage.grouping import groupings
+from vlcache_connector.storage.segment import KVWriter, Segment, SegmentInfo
+from vlcache_connector.store.base import EncodedSegment, SegmentStore, StoreCounters, StoreUsage
 from vlcache_connector.store.lmcache_pool import (
     PAGE_BYTES,
     LMCachePool,

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vlcache_connector.store import codec
-from vlcache_connector.store.codec import ObjectHeader, RefusedObject, SegmentId
-from vlcache_connector.store.grouping import check_grouping
+from vlcache_connector.storage import codec
+from vlcache_connector.storage.codec import ObjectHeader, RefusedObject, SegmentId
+from vlcache_connector.storage.grouping import check_grouping
 
 
 def as_buffers(objects: Sequence[memoryview]) -> list[Tensor]:

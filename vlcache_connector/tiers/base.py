@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from typing_extensions import Buffer
 
-from ..store import Kind, SegmentId
+from ..storage.header import Kind, SegmentId
 
 TierName = Literal["disk", "redis"]
 TIER_NAMES: tuple[TierName, ...] = get_args(TierName)

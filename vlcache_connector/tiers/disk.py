@@ -36,7 +36,7 @@ import msgpack
 import numpy as np
 from typing_extensions import Buffer
 
-from ..store import Kind
+from ..storage.header import Kind
 from .base import Deadline, Entry, Name, Tier, TierError, TierName, TierUsage, check_deployment
 
 FRAME_BYTES = 4096

@@ -44,7 +44,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 from typing_extensions import Buffer
 
-from ..store import Kind
+from ..storage.header import Kind
 from . import redis_connections as connections
 from .base import (
     Deadline,

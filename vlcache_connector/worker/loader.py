@@ -10,7 +10,8 @@ from vllm.logger import init_logger
 
 from ..attention.metadata import slots_of
 from ..protocol import Item, ReusePlan, Span, of_runs
-from ..store import Segment, SegmentId
+from ..storage.header import SegmentId
+from ..storage.segment import Segment
 from ..streams import Ring, Staged, StagedSegment, upload
 from ..support import KVShape
 from .encoder import EncoderRows

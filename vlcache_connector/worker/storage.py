@@ -18,7 +18,9 @@ from vllm.platforms import current_platform
 
 from ..identity import check_identity, model_fingerprint
 from ..protocol import Fetched, FetchPlan, TierState
-from ..store import KVWriter, LMCacheSegmentStore, Segment, SegmentId, SegmentStore
+from ..storage.header import SegmentId
+from ..storage.segment import KVWriter, Segment
+from ..store import LMCacheSegmentStore, SegmentStore
 from ..streams import Leaving, Side, make_side
 from ..support import config_of, kv_shape
 from ..tiers import open_tiers

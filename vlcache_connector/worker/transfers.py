@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from vllm.logger import init_logger
 
 from ..protocol import Fetched, FetchPlan, TierState, worse
-from ..store import EncodedSegment, RefusedObject, SegmentId, SegmentStore
+from ..storage.header import RefusedObject, SegmentId
+from ..store import EncodedSegment, SegmentStore
 from ..tiers import Deadline, GuardedTier, Name, NoAnswer, TierName
 from .pace import Pace
 

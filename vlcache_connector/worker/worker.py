@@ -26,7 +26,8 @@ from ..protocol import (
     StepReport,
     WorkerState,
 )
-from ..store import KVWriter, SegmentId
+from ..storage.header import SegmentId
+from ..storage.segment import KVWriter
 from ..support import KVShape, UnsupportedError
 from .capture import SegmentCapture
 from .encoder import EncoderRows

@@ -25,7 +25,7 @@ from vlcache_connector.protocol import (
 from vlcache_connector.scheduler.index import ResidencyIndex
 from vlcache_connector.scheduler.requests import Claimed, HeldBack, Loaded, Refusal, Staged
 from vlcache_connector.scheduler.statistics import Statistics
-from vlcache_connector.store import RefusalReason
+from vlcache_connector.storage.header import RefusalReason
 from vlcache_connector.tiers import FAULTS, TIER_NAMES
 
 

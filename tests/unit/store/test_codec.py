@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlcache_connector.store import codec
-from vlcache_connector.store.codec import ObjectHeader, RefusedObject
+from vlcache_connector.storage import codec
+from vlcache_connector.storage.codec import ObjectHeader, RefusedObject
 
 POSITIONS = torch.arange(15).view(3, 5) - 2
 

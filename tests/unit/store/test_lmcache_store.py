@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests.helpers.stored import put_kv
 from tests.helpers.unordered_device import Device
-from vlcache_connector.store import LMCacheSegmentStore, SegmentId, lmcache_store
+from vlcache_connector.storage.header import SegmentId
+from vlcache_connector.store import LMCacheSegmentStore, lmcache_store
 from vlcache_connector.store.lmcache_pool import PAGE_BYTES
 
 LAYERS, HEADS, DIM = 5, 2, 8

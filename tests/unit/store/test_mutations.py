@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.helpers.stored import put_kv
-from vlcache_connector.store import Kind, LMCacheSegmentStore, RefusedObject, SegmentId
+from vlcache_connector.storage.header import Kind, RefusedObject, SegmentId
+from vlcache_connector.store import LMCacheSegmentStore
 
 LAYERS, HEADS, DIM, TOKENS = 4, 2, 8, 6
 MUTATIONS = 10_000

@@ -24,7 +24,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from tests.helpers.unordered_device import Device
 from vlcache_connector.attention import hook
 from vlcache_connector.protocol import CapturePlan, Item, RequestContext, Span, StepPlan
-from vlcache_connector.store import LMCacheSegmentStore, SegmentId
+from vlcache_connector.storage.header import SegmentId
+from vlcache_connector.store import LMCacheSegmentStore
 from vlcache_connector.streams import Side
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker.capture import SegmentCapture

@@ -12,7 +12,8 @@ import torch
 
 from tests.helpers.stored import put_kv
 from vlcache_connector.protocol import Fetched, FetchPlan, TierState
-from vlcache_connector.store import LMCacheSegmentStore, SegmentId
+from vlcache_connector.storage.header import SegmentId
+from vlcache_connector.store import LMCacheSegmentStore
 from vlcache_connector.tiers import (
     CircuitBreaker,
     Deadline,

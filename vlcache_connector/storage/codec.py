@@ -22,7 +22,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from vlcache_connector.store.header import (
+from vlcache_connector.storage.header import (
     DTYPES,
     FORMAT_VERSION,
     MAX_HEADER_BYTES,

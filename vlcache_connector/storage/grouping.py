@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from vlcache_connector.store.codec import ObjectHeader, RefusedObject, encoded_size
+from vlcache_connector.storage.codec import ObjectHeader, RefusedObject, encoded_size
 
 _MAX_HALVINGS = 4
 
