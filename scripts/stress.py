@@ -528,7 +528,7 @@ def held(llm: Any, tell: Tell) -> dict[str, int]:
     """What is still held although no request runs; all zero where nothing leaks."""
     scheduler, worker, vllm = _sides(llm)
     host, transfers, staging = (
-        worker._storage.host,
+        worker._storage.engine,
         worker._storage._transfers,
         scheduler._staging,
     )
@@ -567,7 +567,7 @@ def violations(llm: Any, tell: Tell) -> list[str]:
     for name, part in (
         ("index of KV segments", scheduler._segments),
         ("index of encoder rows", scheduler._encoder_rows.index),
-        ("store", worker._storage.host),
+        ("store", worker._storage.engine),
     ):
         try:
             part.check_integrity()

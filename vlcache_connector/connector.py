@@ -57,8 +57,12 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-_HIT_SOURCES = {"cpu": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
-"""vLLM has no name for Redis, nor for claimed tokens that were computed."""
+_HIT_SOURCES = {
+    "cpu": CacheHitSource.HOST,
+    "fs": CacheHitSource.DISK,
+    "fs_native": CacheHitSource.DISK,
+}
+"""vLLM has no name for what is remote, nor for claimed tokens that were computed."""
 
 
 class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):

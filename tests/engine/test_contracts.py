@@ -165,7 +165,7 @@ NOT_CALLED = ("_storage.fetch", "_storage.free_device_memory")
 
 
 def lose_encoder_rows(llm: Any) -> None:
-    host = sides(llm)[1]._storage.host
+    host = sides(llm)[1]._storage.engine
     for key, kind in list(host._resident):
         if kind == "encoder":
             host.remove(SegmentId(key, kind))

@@ -103,7 +103,7 @@ def stored_kv(llm: Any) -> list[torch.Tensor]:
 
     worker = get_kv_transfer_group()._worker
     segments = []
-    for key, kind in list(worker._storage.host._resident):
+    for key, kind in list(worker._storage.engine._resident):
         if kind == "kv":
             with worker._storage.get(SegmentId(key, kind)) as segment:
                 layers = range(len(worker._model.layer_names))

@@ -327,7 +327,7 @@ def ask_without_room(llm: Any, ask: Ask) -> Answer:
 
     from tests.helpers.engine import run
 
-    host = get_kv_transfer_group()._worker._storage.host
+    host = get_kv_transfer_group()._worker._storage.engine
     original = host.put_encoded
     host.put_encoded = lambda segment, objects: (
         0 if segment.kind == "encoder" else original(segment, objects)

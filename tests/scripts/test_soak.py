@@ -186,8 +186,8 @@ def test_wrong_command_lines_are_refused(capsys: pytest.CaptureFixture[str]) -> 
 
 def leak_a_handle(llm: Any, tell: stress.Tell) -> None:
     _, worker, _ = stress._sides(llm)
-    [key, *_] = (key for key, kind in worker._storage.host._resident if kind == "kv")
-    worker.leaked = worker._storage.host.get(SegmentId(key, "kv"))
+    [key, *_] = (key for key, kind in worker._storage.engine._resident if kind == "kv")
+    worker.leaked = worker._storage.engine.get(SegmentId(key, "kv"))
 
 
 def leak_blocks(llm: Any, tell: stress.Tell) -> None:
@@ -197,8 +197,8 @@ def leak_blocks(llm: Any, tell: stress.Tell) -> None:
 
 def lose_a_segment(llm: Any, tell: stress.Tell) -> None:
     _, worker, _ = stress._sides(llm)
-    [key, *_] = (key for key, kind in worker._storage.host._resident if kind == "encoder")
-    worker._storage.host.remove(SegmentId(key, "encoder"))
+    [key, *_] = (key for key, kind in worker._storage.engine._resident if kind == "encoder")
+    worker._storage.engine.remove(SegmentId(key, "encoder"))
 
 
 def spoil_the_accounts(llm: Any, tell: stress.Tell) -> None:
@@ -207,9 +207,9 @@ def spoil_the_accounts(llm: Any, tell: stress.Tell) -> None:
 
 def spoil_a_byte(llm: Any, tell: stress.Tell) -> None:
     _, worker, _ = stress._sides(llm)
-    [name, *_] = (name for name in worker._storage.host._resident if name[1] == "kv")
+    [name, *_] = (name for name in worker._storage.engine._resident if name[1] == "kv")
     # The engine stores what it computes in inference mode.
-    with torch.inference_mode(), worker._storage.host.get(name) as segment:
+    with torch.inference_mode(), worker._storage.engine.get(name) as segment:
         segment.layer(0)[0][0] += 1
 
 

@@ -30,6 +30,7 @@ from ..protocol import (
     inside,
     of_runs,
 )
+from ..storage.adapters import configured
 from ..support import KVShape
 from .break_even import BreakEven
 from .budget import Fit, StepBudget, Work
@@ -104,14 +105,14 @@ class SchedulerSide:
         self._donors = Donors(segments, allowed=allowed, max_variants=config.donor_variants)
         self._is_gated = not allowed
         self._staging: Staging | None = None
-        if (config.disk_path or config.redis_url) and can_reuse and allowed:
+        if configured(config) and can_reuse and allowed:
             self._staging = Staging(
                 segments,
                 encoder_rows.index,
                 self._donors,
                 num_ranks=num_ranks,
                 deadline_seconds=config.fetch_deadline_seconds,
-                max_bytes=config.cpu_bytes // num_ranks // 4,
+                is_worth=self._is_worth_loading,
             )
         self._canonical: CanonicalDonors | None = None
         if opening is not None:
@@ -246,6 +247,16 @@ class SchedulerSide:
             self._encoder_bytes,
             lambda item: self._options.saved_tokens(tracked.options, len(item.span)),
         )
+
+    def _is_worth_loading(self, tier: str, num_bytes: int, saved_tokens: int) -> bool:
+        seconds = self.statistics.read_seconds(tier, num_bytes)
+        speed = self.statistics.prefill_speed
+        if not self._config.break_even or seconds is None or speed is None:
+            return True
+        if seconds < saved_tokens / speed:
+            return True
+        self.statistics.happened("refused.not_worth")
+        return False
 
     def _look_up(self, tracked: TrackedRequest, wanted: Sequence[Item]) -> Staged:
         """Where the KV of the wanted items is."""
@@ -490,10 +501,10 @@ class SchedulerSide:
             if tracked is not None and tracked.is_prefilling
         )
         if self._staging is not None:
-            plan.fetches, plan.admitted, plan.unwanted = self._staging.take_plans()
+            plan.lookups, plan.loads = self._staging.take_plans()
         self._segments.settle()
         plan.dropped_segments = self._segments.take_evicted()
-        plan.encoder = self._encoder_rows.plan(output, fetches=bool(plan.fetches))
+        plan.encoder = self._encoder_rows.plan(output, fetches=bool(plan.lookups or plan.loads))
         return plan
 
     def _give_pixels_back(self, output: SchedulerOutput) -> None:
@@ -511,7 +522,7 @@ class SchedulerSide:
         """Take in what the workers stored, lost and measured."""
         report.settle()
         if self._staging is not None:
-            self._staging.update(report.fetched)
+            self._staging.update(report.found, report.loaded)
         for key, ranks in report.stored.items():
             self._segments.stored(key, ranks)
         self.statistics.take_report(report)

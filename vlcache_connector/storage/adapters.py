@@ -10,11 +10,35 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vlcache_connector.config import ADAPTER_TYPES, VLCacheConfig
+
 if TYPE_CHECKING:
     from vlcache_connector.storage.guarded import GuardedConfig
 
-ADAPTER_TYPES = ("fs", "fs_native", "plugin", "resp", "valkey")
-"""Those that VLCache is tested with."""
+
+def configured(config: VLCacheConfig) -> list[str]:
+    """Names of the tiers below host memory, the nearest first."""
+    names = ["fs"] if config.disk_path else []
+    return names + (["valkey"] if config.redis_url else [])
+
+
+def open_adapters(config: VLCacheConfig, *, can_store: bool) -> list[GuardedConfig]:
+    specs = []
+    if config.disk_path:
+        from pathlib import Path
+
+        Path(config.disk_path).mkdir(parents=True, exist_ok=True)
+        specs.append({"type": "fs", "base_path": config.disk_path})
+    if config.redis_url:
+        from urllib.parse import urlsplit
+
+        url = urlsplit(config.redis_url)
+        specs.append({"type": "valkey", "hosts": [[url.hostname, url.port]]})
+    out = guarded_configs(specs, lookup_seconds=0.5, transfer_seconds=10.0)
+    for c in out:
+        c.tier.can_store = can_store
+    return out
+
 
 _COMMON = {"type", "eviction", "serde", "shared", "persist_enabled"}
 _PACKAGES = {"valkey": ("glide_sync", "valkey-glide-sync")}

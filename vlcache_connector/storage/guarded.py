@@ -85,7 +85,7 @@ class GuardedConfig(L2AdapterConfigBase):
         self.inner_config = inner  # the name under which LMCache looks for it
         self.tier = tier
         self.reconnects = reconnects
-        self.lookup_seconds = lookup_seconds
+        self.lookup_seconds = tier.lookup_seconds = lookup_seconds
         self.transfer_seconds = transfer_seconds
         self.start_seconds = start_seconds
         self.eviction_config = inner.eviction_config
@@ -474,7 +474,8 @@ def _create(
     config: L2AdapterConfigBase, l1_memory_desc: L1MemoryDesc | None = None
 ) -> L2AdapterInterface:
     assert isinstance(config, GuardedConfig)
-    return GuardedAdapter(config, l1_memory_desc)
+    config.tier.adapter = adapter = GuardedAdapter(config, l1_memory_desc)
+    return adapter
 
 
 register_l2_adapter_type("vlcache_guarded", GuardedConfig)

@@ -14,6 +14,7 @@ from vlcache_connector.storage.transfer_time import TransferTime
 
 if TYPE_CHECKING:
     from lmcache.v1.distributed.api import ObjectKey
+    from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 
     from vlcache_connector.protocol import TierState
 
@@ -25,7 +26,12 @@ class Tier:
         name: the adapter's type; label of its metrics.
         can_store: objects are written to it; not by consumers.
         read_time: of its loads.
+        adapter: the guarded one, once LMCache has made it.
+        lookup_seconds: a lookup that takes longer found nothing.
     """
+
+    adapter: L2AdapterInterface | None = None
+    lookup_seconds = 0.5
 
     def __init__(self, name: str, *, can_store: bool = True) -> None:
         """In use."""
@@ -41,6 +47,11 @@ class Tier:
     def is_open(self) -> bool:
         """Whether it is used at all: what it holds is of the weights that were loaded."""
         return self._is_open
+
+    @property
+    def is_left_alone(self) -> bool:
+        """Whether lookups would find nothing, because nobody is asked."""
+        return not self._is_open
 
     def set_open(self, is_open: bool) -> None:
         """While it is not open, lookups find nothing and nothing is stored."""
