@@ -388,16 +388,10 @@ class Loaded:
     """Ranks that this speaks for."""
     is_here: bool
     """All of them have the segment in host memory."""
-    tier: str | None
-    """Slowest tier that it came from."""
 
     def merge(self, other: Loaded) -> Loaded:
         """The same load on further ranks."""
-        return Loaded(
-            ranks=self.ranks + other.ranks,
-            is_here=self.is_here and other.is_here,
-            tier=slowest(self.tier, other.tier),
-        )
+        return Loaded(self.ranks + other.ranks, self.is_here and other.is_here)
 
 
 def _worse(a: NoAnswer | None, b: NoAnswer | None) -> NoAnswer | None:

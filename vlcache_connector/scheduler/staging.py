@@ -34,6 +34,7 @@ class _Fetch:
         until: when the last request stops waiting for it.
         found: by the ranks that have answered.
         key: of the candidate that is being loaded.
+        tier: that it is loaded from.
         loaded: by the ranks on which that has ended.
     """
 
@@ -45,6 +46,7 @@ class _Fetch:
     until: float
     found: Found | None = None
     key: str | None = None
+    tier: str | None = None
     loaded: Loaded | None = None
 
     @property
@@ -207,7 +209,7 @@ class Staging:
         elif not self._pays(fetch, found.tiers[key]) or not self._reserve(fetch, key):
             self._end(name, _Ended("skipped", found.tiers[key]))
         else:
-            fetch.key = key
+            fetch.key, fetch.tier = key, found.tiers[key]
             self._loading[key] = name
             self._loads.append(name)
 
@@ -229,11 +231,11 @@ class Staging:
         index = self._segments if fetch.kind == "kv" else self._encoder_rows
         if not loaded.is_here:
             index.lost(fetch.key)
-            self._end(name, _Ended("failed", loaded.tier))
+            self._end(name, _Ended("failed", fetch.tier))
             return
         index.stored(fetch.key, self._num_ranks)
         index.promise(fetch.key)  # until those who wait for it have been asked again
-        self._end(name, _Ended("hit", loaded.tier))
+        self._end(name, _Ended("hit", fetch.tier))
 
     def _end(self, name: str, ended: _Ended) -> None:
         fetch = self._running.pop(name)

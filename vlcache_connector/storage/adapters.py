@@ -33,7 +33,7 @@ def open_adapters(config: VLCacheConfig, *, can_store: bool) -> list[GuardedConf
         from urllib.parse import urlsplit
 
         url = urlsplit(config.redis_url)
-        specs.append({"type": "valkey", "hosts": [[url.hostname, url.port]]})
+        specs.append({"type": "valkey", "startup_nodes": f"{url.hostname}:{url.port}"})
     out = guarded_configs(specs, lookup_seconds=0.5, transfer_seconds=10.0)
     for c in out:
         c.tier.can_store = can_store

@@ -90,14 +90,10 @@ class Loaded:
 
     Attributes:
         is_here: it is in host memory now.
-        tier: it came from; None: nobody knows.
-        num_bytes: of its objects.
     """
 
     id: SegmentId
     is_here: bool
-    tier: str | None
-    num_bytes: int
 
 
 @dataclass(eq=False)
@@ -539,7 +535,7 @@ class SegmentEngine:
 
     def take_loaded(self) -> list[Loaded]:
         """Segments of `load` that are here, or will not be."""
-        ended = [Loaded(segment, False, None, 0) for segment in self._too_large]
+        ended = [Loaded(segment, False) for segment in self._too_large]
         self._too_large.clear()
         for segment, (handle, wanted) in list(self._loading.items()):
             result = self._lmcache.query_prefetch_status(handle)
@@ -555,9 +551,9 @@ class SegmentEngine:
             heapq.heappop(self._wanted)
             segment = wanted.objects.id
             if self._is_here(segment):
-                ended.append(Loaded(segment, True, None, 0))
+                ended.append(Loaded(segment, True))
             elif wanted.deadline <= now or segment in self._writing or segment in self._loading:
-                ended.append(Loaded(segment, False, None, 0))
+                ended.append(Loaded(segment, False))
             else:
                 handle = self._lmcache.submit_prefetch_task(_task(wanted.objects))
                 self._loading[segment] = (handle, wanted)
@@ -576,8 +572,6 @@ class SegmentEngine:
         segment, keys = objects.id, list(objects.keys)
         is_wanted = segment not in self._dropped
         self._dropped.discard(segment)
-        tiers = [tier for tier in self._tiers if tier.take_loaded(keys)]
-        failed = Loaded(segment, False, tiers[-1].name if tiers else None, 0)
         resident = None
         if all(row.popcount() for row in result.hit_cells):
             _, found = self._lmcache.unsafe_read(keys)
@@ -591,12 +585,12 @@ class SegmentEngine:
         if resident is None or not is_wanted:
             self._leaving[segment] = (objects, None)  # all of it, or what there was of it
             self._purge()
-            return failed
+            return Loaded(segment, False)
         self._leaving.pop(segment, None)
         self._resident[segment] = resident
         if len(self._tiers) > 1:  # for those above the one that it came from; others have it
             self._lmcache._store_controller._listener.on_l1_keys_write_finished(keys)
-        return Loaded(segment, True, failed.tier, objects.num_bytes)
+        return Loaded(segment, True)
 
     @property
     def is_busy(self) -> bool:

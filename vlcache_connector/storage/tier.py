@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vlcache_connector.storage.transfer_time import TransferTime
 
 if TYPE_CHECKING:
-    from lmcache.v1.distributed.api import ObjectKey
     from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 
     from vlcache_connector.protocol import TierState
@@ -41,7 +39,6 @@ class Tier:
         self._lock = threading.Lock()
         self._is_open = True
         self._events: Counter[str] = Counter()
-        self._loaded: set[ObjectKey] = set()
 
     @property
     def is_open(self) -> bool:
@@ -67,18 +64,6 @@ class Tier:
         with self._lock:
             events, self._events = self._events, Counter()
         return events
-
-    def loaded(self, keys: Iterable[ObjectKey]) -> None:
-        """Record that objects came from here; until `take_loaded`."""
-        with self._lock:
-            self._loaded.update(keys)
-
-    def take_loaded(self, keys: Iterable[ObjectKey]) -> bool:
-        """Whether any of the objects came from here since they were asked for last."""
-        with self._lock:
-            found = self._loaded & set(keys)
-            self._loaded -= found
-        return bool(found)
 
     def state(self) -> TierState:
         """For the scheduler side."""

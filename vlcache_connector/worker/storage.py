@@ -169,9 +169,7 @@ class Storage:
                 )
                 for answer in self.engine.take_looked_up()
             }
-            loaded = {
-                end.id.key: Loaded(1, end.is_here, end.tier) for end in self.engine.take_loaded()
-            }
+            loaded = {end.id.key: Loaded(1, end.is_here) for end in self.engine.take_loaded()}
             if found or loaded or not self.engine.is_busy or time.monotonic() >= until:
                 return found, loaded
             time.sleep(_POLL_SECONDS)

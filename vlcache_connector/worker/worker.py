@@ -187,7 +187,7 @@ class WorkerSide:
             with self._guarded("fetch"):
                 self._storage.load(load)
                 continue
-            self._report.loaded[load.key] = Loaded(1, is_here=False, tier=None)
+            self._report.loaded[load.key] = Loaded(1, is_here=False)
 
     def _inputs_of(self, req_id: str) -> RequestInputs:
         inputs = self._requests.get(req_id)
