@@ -614,7 +614,8 @@ class SegmentEngine:
         return sum((tier.take_events() for tier in self._tiers), Counter())
 
     def flush(self, seconds: float) -> bool:
-        """Wait until the adapters have taken what was stored; whether it was in time."""
+        """Wait until all has arrived and the adapters have taken it; whether it was in time."""
+        self._settled = self.settle(waits=True)
         ends = time.monotonic() + seconds
         quiet = 0
         while time.monotonic() < ends:
@@ -633,7 +634,6 @@ class SegmentEngine:
         Raises:
             AssertionError: with what is wrong.
         """
-        self._settled = self.settle(waits=True)
         self.flush(10.0)
         self._purge()
         residents = [*self._resident.values()]

@@ -189,7 +189,6 @@ class Storage:
 
     def flush(self, seconds: float) -> bool:
         """Wait until the adapters have what was stored; whether they have."""
-        self.engine.settle(waits=True)
         return self.engine.flush(seconds)
 
     def close(self) -> None:
