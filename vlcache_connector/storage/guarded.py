@@ -313,8 +313,9 @@ class GuardedAdapter(AnsweringAdapter):
                 _consume(fd)
             try:
                 if inner is not None:
+                    now = time.monotonic()
                     self._collect(inner)
-                    self._look_at_clock()
+                    self._look_at_clock(now)
             except Exception:
                 logger.exception("VLCache: the guard of an adapter failed")
 
@@ -407,8 +408,8 @@ class GuardedAdapter(AnsweringAdapter):
         task.objects = ()
         self._answer(task.operation, task.id, task.answer())
 
-    def _look_at_clock(self) -> None:
-        now = time.monotonic()
+    def _look_at_clock(self, now: float) -> None:
+        """See to what had not ended at a time."""
         with self._lock:
             self._tier.reads.check()
             self._tier.stores.check()
