@@ -242,6 +242,31 @@ def test_a_damaged_object_is_never_seen(place: Callable[..., Place], kind: str) 
     engine.check_integrity()
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut short"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_damaged_is_stored_anew(
+    place: Callable[..., Place], kind: str, damage: str
+) -> None:
+    if (kind, damage) == ("resp", "cut short"):
+        pytest.skip("it waits for the rest until it is made anew")
+    below = place(kind)
+    engine = below.open()
+    put(engine, SEGMENT, FORM, 1)
+    forget(engine, SEGMENT, FORM)
+    values = below.values()
+    name = list(values)[-1]
+    bad = values[name][:-1] + (b"" if damage == "cut short" else bytes([values[name][-1] ^ 1]))
+    below.replace(name, bad)
+    assert stage(engine, SEGMENT, FORM).outcome == "miss"
+    events(engine)
+    put(engine, SEGMENT, FORM, 1)
+    forget(engine, SEGMENT, FORM)
+    assert below.values() == values
+    assert holds(stage(engine, SEGMENT, FORM), FORM, 1)
+    # The others were there.
+    assert events(engine)["write.bytes"] == len(values[name])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_objects_that_lie_under_the_name_of_others_are_refused(
     place: Callable[..., Place], kind: str
@@ -308,6 +333,28 @@ def test_a_stopped_server_makes_segments_late_and_gives_everything_back(
     assert found
     assert engine.flush(20)
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("kind", REMOTE)
+@pytest.mark.parametrize("fault", ["killed", "stopped"])
+def test_a_server_that_only_costs_is_left_alone(
+    place: Callable[..., Place], kind: str, fault: str
+) -> None:
+    below = place(kind)
+    assert below.server is not None
+    engine = below.open()
+    put(engine, SEGMENT, FORM, 1)
+    forget(engine, SEGMENT, FORM)
+    below.server.kill() if fault == "killed" else below.server.pause()
+    waits = []
+    for _ in range(24):
+        began = time.monotonic()
+        assert stage(engine, SEGMENT, FORM, 1.0).outcome in ("miss", "late")
+        waits.append(time.monotonic() - began)
+    # `resp` says at once that nothing is there when it has lost its connection.
+    is_quick = (kind, fault) == ("resp", "killed")
+    assert is_quick or tier(engine).state().breaker != "closed"
+    assert sorted(waits[8:])[8] < 0.05
 
 
 @pytest.mark.parametrize("kind", REMOTE)
