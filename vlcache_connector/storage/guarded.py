@@ -39,7 +39,7 @@ from lmcache.v1.distributed.l2_adapters.factory import (
 )
 from lmcache.v1.platform import consume_fd, create_event_notifier
 
-from vlcache_connector.storage.answers import AnsweringAdapter, Operation
+from vlcache_connector.storage.answers import AnsweringAdapter, Operation, TellsLookupErrors
 from vlcache_connector.storage.codec import RefusedObject
 from vlcache_connector.storage.layout import check_object
 from vlcache_connector.storage.maker import (
@@ -337,8 +337,11 @@ class GuardedAdapter(AnsweringAdapter):
             with self._lock:
                 # A new adapter begins to count its tasks anew.
                 part = self._parts.pop(name, None) if self._inner is inner else None
-            if part is not None:
-                self._take(part, result)
+            if part is None:
+                continue
+            if part.kind == "lookup" and isinstance(inner, TellsLookupErrors):
+                part.task.error = inner.pop_lookup_error(name[1])
+            self._take(part, result)
 
     def _take(self, part: Part, result: Any) -> None:
         """What the inner adapter has done of a part."""

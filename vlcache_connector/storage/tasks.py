@@ -90,8 +90,9 @@ class Task:
         elif self.operation == "store":
             tier.count("write.bytes", self.written_bytes)
             tier.count("store.failed", int(not self.is_whole))
-        if self.operation != "lookup" and num_lost:
-            error = error or f"{num_lost} of {len(self.keys)} objects failed"
+        if self.operation != "lookup":
+            lost = f"{num_lost} of {len(self.keys)} objects failed"
+            error = (error or lost) if num_lost else None
         # A load follows from a lookup that found something.
         goes_on = self.operation == "lookup" and bool(self.done)
         self.opening(tier).end(self.attempt, error, goes_on=goes_on)

@@ -96,6 +96,8 @@ class ServerAdapter(AnsweringAdapter):
         self, keys: list[ObjectKey], group_layout_descs: dict[int, MemoryLayoutDesc]
     ) -> int:
         def look_up() -> Bitmap:
+            if "lookup" in self.server.fails:
+                return Bitmap(len(keys))
             found = [key in self._values for key in keys]
             self.server.locked.update(key for key in keys if key in self._values)
             return bitmap(found)
@@ -112,6 +114,9 @@ class ServerAdapter(AnsweringAdapter):
             return bitmap([True] * len(keys))
 
         return self._begin("load", len(keys), load)
+
+    def pop_lookup_error(self, task_id: int) -> str | None:
+        return "refused" if "lookup" in self.server.fails else None
 
     def submit_unlock(self, keys: list[ObjectKey]) -> None:
         self.server.locked.subtract(keys)
@@ -359,6 +364,29 @@ def test_slow_lookups_leave_it_alone_and_are_late_each(rig: Rig) -> None:
     wait(lambda: not +rig.server.locked or None)
 
 
+def test_lookups_that_fail_at_once_leave_it_alone(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.fill()
+    rig.server.fails.add("lookup")
+    for _ in range(4):
+        assert rig.tier.state().breaker == "closed"
+        assert rig.lookup(KEYS) == []
+    assert rig.tier.state().breaker == "open"
+    assert "failures=4/4" in caplog.text
+    assert "last_error='refused'" in caplog.text
+    # Stores do not depend on what they find.
+    assert rig.store(*segment("new")) == NUM_BYTES
+    assert rig.tier.stores.state == "closed"
+
+
+def test_lookups_that_find_nothing_are_no_failures(rig: Rig) -> None:
+    for _ in range(10):
+        assert rig.lookup(KEYS) == []
+    assert rig.tier.state().breaker == "closed"
+    assert rig.events() == {}
+
+
 def test_loads_that_fail_leave_it_alone_although_lookups_succeed(rig: Rig) -> None:
     rig.fill()
     rig.server.fails.add("load")
@@ -477,8 +505,12 @@ def test_a_store_that_hangs_before_it_writes_gives_its_memory_back(
     wait(lambda: not rig.guard._parts or None)
     assert rig.server.count("store") == asked
     assert not +rig.server.locked
-    rig.now += 1.3
-    assert rig.store(KEYS, OBJECTS).is_successful()
+
+    def is_stored() -> bool | None:
+        rig.now += 100
+        return rig.store(KEYS, OBJECTS).is_successful() or None
+
+    wait(is_stored)
     assert rig.read(KEYS)
 
 
