@@ -381,7 +381,7 @@ class GuardedAdapter(AnsweringAdapter):
         for index, key in zip(part.indices, part.keys, strict=True):
             if index in done:
                 self._useless.pop(key, None)
-            elif part.kind == "load" and self._tier.can_store:
+            elif part.kind == "load":
                 self._useless[key] = None
         while len(self._useless) > _MAX_USELESS:
             del self._useless[next(iter(self._useless))]

@@ -327,7 +327,8 @@ def test_what_could_not_be_loaded_is_replaced(rig: Rig, damage: str) -> None:
     rig.events()
     if damage == "flipped":
         assert 1 not in rig.load(KEYS, blank(KEYS))
-        assert rig.events()["refused.checksum"] == 1
+        counted = rig.events()
+        assert (counted["refused.checksum"], counted.get("load.failed")) == (1, None)
     else:
         rig.server.fails.add("load")
         assert rig.load(KEYS, blank(KEYS)) == []
@@ -415,6 +416,20 @@ def test_a_probe_closes_it_again(rig: Rig) -> None:
     rig.now += 2.5
     assert rig.read(KEYS)
     assert rig.tier.state().breaker == "closed"
+
+
+def test_nothing_comes_between_the_lookup_and_the_load_of_a_probe(rig: Rig) -> None:
+    rig.fill()
+    rig.server.fails.add("load")
+    while rig.tier.state().breaker == "closed":
+        assert not rig.read(KEYS)
+    rig.server.fails.clear()
+    rig.now += 1.3
+    assert rig.lookup(KEYS) == list(range(len(KEYS)))
+    assert rig.lookup(KEYS) == []
+    assert rig.load(KEYS, blank(KEYS)) == list(range(len(KEYS)))
+    assert rig.tier.state().breaker == "closed"
+    assert rig.read(KEYS)
 
 
 def test_loads_that_hang_leave_it_alone_while_they_hang(rig: Rig) -> None:
