@@ -35,6 +35,8 @@ def serve(pipe: Connection, params: dict[str, Any]) -> None:
         question, *rest = pipe.recv()
         if question == "is ready":
             pipe.send(engine._lmcache.report_status()["l2_adapters"][0]["is_healthy"])
+        elif question == "state":
+            pipe.send(configs[0].tier.state().guard)
         elif question == "put":
             name, seed = rest
             put_random(engine, SegmentId(name, "kv"), TOKENS, seed)
@@ -120,6 +122,22 @@ def test_a_master_that_stops_or_restarts_costs_no_more_than_the_deadline(
         return only.ask("put", name, 2) and only.ask("fetch", name, 2, 5)[0] == "hit"
 
     until(works)
+
+
+@pytest.mark.parametrize("fault", ["killed", "stopped"])
+def test_a_master_that_is_gone_is_left_alone(
+    master: Master, node: Callable[[], Node], fault: str
+) -> None:
+    only = node()
+    assert only.ask("put", "a", 1)
+    until(lambda: only.ask("fetch", "a", 1, 10)[0] == "hit")
+    if fault == "killed":
+        master.kill()
+    else:
+        master.pause()
+    took = [only.ask("fetch", "a", 1, 1)[1] for _ in range(12)]
+    assert only.ask("state") != "closed"
+    assert sorted(took[8:])[2] < 0.05
 
 
 @pytest.mark.parametrize(

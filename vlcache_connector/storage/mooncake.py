@@ -60,6 +60,7 @@ class MooncakeAdapter(AnsweringAdapter):
         self, params: Mapping[str, Any], *, l1_memory_desc: L1MemoryDesc | None = None
     ) -> None:
         super().__init__()
+        self._lookup_errors: dict[int, str] = {}
         values = _checked(params)
         from mooncake.store import MooncakeDistributedStore
 
@@ -103,6 +104,8 @@ class MooncakeAdapter(AnsweringAdapter):
     ) -> int:
         def look_up() -> Bitmap:
             codes = self._client.batch_is_exist(_names(keys))
+            if min(codes) < 0:
+                raise RuntimeError(f"Mooncake could not look it up: code {min(codes)}")
             return _bitmap([code == _FOUND for code in codes])
 
         return self._submit("lookup", look_up, Bitmap(len(keys)))
@@ -114,6 +117,9 @@ class MooncakeAdapter(AnsweringAdapter):
             return _bitmap([got == size for got, size in zip(read, sizes, strict=True)])
 
         return self._submit("load", load, Bitmap(len(keys)))
+
+    def pop_lookup_error(self, task_id: int) -> str | None:
+        return self._lookup_errors.pop(task_id, None)
 
     def submit_unlock(self, keys: list[ObjectKey]) -> None:
         pass  # Mooncake's own leases protect what was looked up
@@ -137,8 +143,10 @@ class MooncakeAdapter(AnsweringAdapter):
         def run() -> None:
             try:
                 answer = work()
-            except Exception:
-                logger.exception("Mooncake: %s failed", operation)
+            except Exception as error:
+                logger.warning("Mooncake: a %s failed: %s", operation, error)
+                if operation == "lookup":
+                    self._lookup_errors[task_id] = str(error)
                 answer = failed
             self._answer(operation, task_id, answer)
 
