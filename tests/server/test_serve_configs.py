@@ -71,7 +71,7 @@ def test_servers_share_images_through_redis(
     with make_client() as client, server("consumer") as second:
         known = ask(client, second, "Seen by the other server. What is it?", seed=2)
         assert figure(known, "reused_tokens") == figure(again, "reused_tokens")
-        assert figure(known, "tier") == "redis"
+        assert figure(known, "tier") == "valkey"
         ask(client, second, "What is this?", seed=3)
         new = ask(client, second, "And once more, what is this?", seed=3)
         assert figure(new, "reused_tokens") == 0
