@@ -32,17 +32,6 @@ def test_the_fastest_comes_first_and_knows_the_model(
     assert open_tiers(VLCacheConfig(), "f1nger", "models/m") == []
 
 
-def test_speeds_can_be_pinned(redis_server: Callable[..., LocalRedis], tmp_path: Path) -> None:
-    config = VLCacheConfig(
-        disk_path=str(tmp_path), redis_url=redis_server().url, redis_bytes_per_second=1000
-    )
-    disk, redis = open_tiers(config, "model", "model")
-    assert disk.estimate_read_seconds(500) is None
-    assert redis.estimate_read_seconds(500) == pytest.approx(0.5)
-    disk.close()
-    redis.close()
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

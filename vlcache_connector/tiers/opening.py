@@ -6,7 +6,7 @@ from ..config import ConfigError, VLCacheConfig
 from .base import TIER_NAMES, Deadline, Tier, TierError, TierName
 from .breaker import CircuitBreaker
 from .disk import DiskTier
-from .guarded import GuardedTier, TransferTime
+from .guarded import GuardedTier
 from .redis import RedisTier
 from .redis_url import LOGIN_HINT
 
@@ -23,18 +23,10 @@ def open_tiers(config: VLCacheConfig, fingerprint: str, model_name: str) -> list
     Raises:
         ConfigError: a setting is malformed, the disk can't be written to, or Redis does not answer.
     """
-    speeds = {"disk": config.disk_bytes_per_second, "redis": config.redis_bytes_per_second}
     opened = []
     for tier in [open_tier(config, name) for name in configured(config)]:
-        speed = speeds[tier.name]
-        latency = None if speed is None else 0.0
-        opened.append(
-            GuardedTier(
-                tier,
-                CircuitBreaker(tier.name, slow_seconds=config.fetch_deadline_seconds),
-                read_time=TransferTime(latency, speed),
-            )
-        )
+        breaker = CircuitBreaker(tier.name, slow_seconds=config.fetch_deadline_seconds)
+        opened.append(GuardedTier(tier, breaker))
         opened[-1].record_model(fingerprint, model_name, Deadline(_START_SECONDS))
     return opened
 

@@ -18,8 +18,8 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from .. import weights
 from ..attention import hook
+from ..storage.adapters import configured
 from ..support import config_of, own_transfer, uses_vlcache
-from ..tiers import configured
 from .checksum import checksum
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
 
 from ..config import ConfigError, VLCacheConfig
-from ..tiers import configured
+from ..storage.adapters import configured
 
 _SLACK = 1.05
 """Room for headers and alignment, which the scheduler side's accounts leave out."""
