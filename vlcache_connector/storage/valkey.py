@@ -13,6 +13,7 @@ and expiry are made here, and the name under which `ValkeyL2Adapter`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -46,6 +47,7 @@ _LOGIN_PAUSE = 10.0
 """Seconds between two attempts to log in with what has changed while the old login may do."""
 _WARM_UP_SECONDS = 2.0
 """More than a client's own patience, so that it is the client that says what is wrong."""
+_LOCKED_OUT = ("NOAUTH", "WRONGPASS", "ERR AUTH")
 _MADE_HERE = ("_get_client", "_build_expiry")
 _constructing = threading.Lock()
 
@@ -189,6 +191,7 @@ class _WorkerPool(ValkeyWorkerPool):
         """
         self._config = config
         self._login = _Login()
+        self._accepted: Credentials | None = None
         try:
             super().__init__(
                 addresses=config.addresses,
@@ -220,24 +223,53 @@ class _WorkerPool(ValkeyWorkerPool):
         try:
             new = self._connect(login)
         except RuntimeError as error:
-            if client is None:
-                raise
             # The server may learn of the change after us.
+            if client is None:  # threads are started when they are needed
+                if self._accepted is None or self._accepted is login:
+                    raise
+                client = self._connect(self._accepted)
+                local.client, local.login = client, self._accepted
             logger.warning("VLCache: the changed credentials are not taken yet: %s", error)
             local.login_at = time.monotonic() + _LOGIN_PAUSE
             return client
         if client is not None:
             client.close()
         local.client, local.login, local.login_at = new, login, 0.0
+        self._accepted = login
         return new
 
     def _connect(self, login: Credentials) -> Any:
         """Raises RuntimeError."""
+        config = self._config
+        try:
+            return self._create(login)
+        except Exception as error:
+            said = login.redact(" ".join(str(error).split()))
+            locked_out = any(code in said for code in _LOCKED_OUT)
+            if not config.cluster_mode and not locked_out and "timed out" not in said:
+                # It is a replica, which readers may use, or doesn't tell us what it is.
+                with contextlib.suppress(Exception):
+                    return self._create(login, asks=False)
+            hint = ""
+            if locked_out:
+                hint = f"; {LOGIN_HINT}"
+            elif config.tls_enable:
+                hint = "; does it have a certificate that tls_ca_file or the system vouches for?"
+            raise RuntimeError(f"{config.place} can't be used: {said}{hint}") from None
+
+    def _create(self, login: Credentials, *, asks: bool = True) -> Any:
+        """A client that is connected.
+
+        Args:
+            login: who we are.
+            asks: whether the server is asked if it is a primary.
+        """
         glide, config = _glide(), self._config
-        authorities = config.authorities()
         kind = "GlideCluster" if config.cluster_mode else "Glide"
         advanced = getattr(glide, f"Advanced{kind}ClientConfiguration")
         options: dict[str, Any] = {}
+        if not asks:
+            options["node_discovery_mode"] = glide.NodeDiscoveryMode.STATIC
         if login.password:
             options["credentials"] = glide.ServerCredentials(
                 password=login.password, username=login.username
@@ -248,27 +280,20 @@ class _WorkerPool(ValkeyWorkerPool):
             nodes = [glide.NodeAddress(unix_socket_path=config.unix_socket_path)]
         else:
             nodes = [glide.NodeAddress(host, port) for host, port in config.addresses]
-        try:
-            return getattr(glide, f"{kind}Client").create(
-                getattr(glide, f"{kind}ClientConfiguration")(
-                    nodes,
-                    use_tls=config.tls_enable,
-                    request_timeout=round(1000 * config.request_timeout),
-                    advanced_config=advanced(
-                        connection_timeout=round(1000 * config.connection_timeout),
-                        tls_config=glide.TlsAdvancedConfiguration(root_pem_cacerts=authorities),
+        return getattr(glide, f"{kind}Client").create(
+            getattr(glide, f"{kind}ClientConfiguration")(
+                nodes,
+                use_tls=config.tls_enable,
+                request_timeout=round(1000 * config.request_timeout),
+                advanced_config=advanced(
+                    connection_timeout=round(1000 * config.connection_timeout),
+                    tls_config=glide.TlsAdvancedConfiguration(
+                        root_pem_cacerts=config.authorities()
                     ),
-                    **options,
-                )
+                ),
+                **options,
             )
-        except Exception as error:
-            said = login.redact(" ".join(str(error).split()))
-            hint = ""
-            if any(code in said for code in ("NOAUTH", "WRONGPASS", "NOPERM", "ERR AUTH")):
-                hint = f"; {LOGIN_HINT}"
-            elif config.tls_enable:
-                hint = "; does it have a certificate that tls_ca_file or the system vouches for?"
-            raise RuntimeError(f"{config.place} can't be used: {said}{hint}") from None
+        )
 
     def _build_expiry(self) -> Any:
         """Of the object that is stored now."""
