@@ -16,18 +16,12 @@ from tests.server.test_storage_engine import FORM, MIB, SPACE, holds, put, stage
 from vlcache_connector.storage.adapters import guarded_configs
 from vlcache_connector.storage.engine import SegmentEngine
 from vlcache_connector.storage.header import SegmentId
-from vlcache_connector.storage.mooncake import MooncakeAdapter
 
 LOOKUP_SECONDS = 0.5
 
 
 def serve(pipe: Connection, params: dict[str, Any]) -> None:
-    spec = {
-        "type": "plugin",
-        "module_path": "vlcache_connector.storage.mooncake",
-        "class_name": "MooncakeAdapter",
-        "adapter_params": params,
-    }
+    spec = {"type": "mooncake", **params}
     configs = guarded_configs([spec], lookup_seconds=LOOKUP_SECONDS, transfer_seconds=5.0)
     engine = SegmentEngine(SPACE, 32 * MIB, configs)
     while True:
@@ -120,19 +114,6 @@ def test_a_master_that_stops_or_restarts_costs_no_more_than_the_deadline(
         return only.ask("put", name, 2) and only.ask("stage", name, 2, 5)[0] == "hit"
 
     until(works)
-
-
-@pytest.mark.parametrize(
-    ("params", "says"),
-    [
-        ({"metadata": "x"}, "adapter_params.metadata='x': the parameters are local_hostname"),
-        ({"metadata_server": "x"}, "adapter_params.master_server_address is missing"),
-    ],
-)
-def test_bad_parameters_are_named(params: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match="adapter_params") as refused:
-        MooncakeAdapter(params)
-    assert says in str(refused.value)
 
 
 @pytest.mark.parametrize("fault", ["away", "stopped"])
