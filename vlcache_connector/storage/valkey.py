@@ -162,11 +162,8 @@ class _Login:
         path = os.environ.get(FILE_VARIABLE)
         seen = None
         if path:
-            try:
+            with contextlib.suppress(OSError):  # reading it says so
                 found = os.stat(path)
-            except OSError:
-                pass  # said below
-            else:
                 seen = (found.st_mtime_ns, found.st_ino, found.st_size)
         with self._lock:
             if self._credentials is None or (path and (seen is None or seen != self._seen)):
