@@ -160,7 +160,7 @@ BY_LAYER = ("_model.run_layers", "_model.take_deepstack")
 """Of passes whose rows shrink from layer to layer."""
 
 
-NOT_CALLED = ("_storage.fetch", "_storage.free_device_memory")
+NOT_CALLED = ("_storage.look_up", "_storage.load", "_storage.free_device_memory")
 """There are no tiers below host memory, and nobody falls asleep."""
 
 

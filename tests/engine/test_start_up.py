@@ -71,8 +71,8 @@ def test_contradictory_roles(tiny_model: Callable[..., Path], tmp_path: Path) ->
 
     message = refusal(tiny_model(), {}, kv_transfer_config=transfer("kv_consumer"))
     assert message == (
-        "kv_role=kv_consumer: no tier that other servers share; set disk_path or redis_url, or "
-        "kv_role=kv_both"
+        "kv_role=kv_consumer: no tier that other servers share; set disk_path, l2_adapters or "
+        "redis_url, or kv_role=kv_both"
     )
     message = refusal(
         tiny_model(),

@@ -270,6 +270,39 @@ def test_no_fault_of_redis_fails_a_request(
     assert_recomputed(answer, engines, Ask(f"killed {IMAGE}", ((198, 224),)))
 
 
+def break_once(llm: Any, name: str) -> None:
+    """A call of the worker's storage raises, once."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    storage = get_kv_transfer_group()._worker._storage
+
+    def fail(*_: Any) -> None:
+        delattr(storage, name)
+        raise OSError("broken")
+
+    setattr(storage, name, fail)
+
+
+@pytest.mark.parametrize("name", ["look_up", "load"])
+def test_a_fetch_that_can_not_begin_holds_nobody_up(
+    start: Callable[..., Engine], engines: Callable[..., Engine], tmp_path: Path, name: str
+) -> None:
+    node = start({"disk_path": str(tmp_path), "fetch_deadline_seconds": 60.0})
+    store_images(node)
+    node.call(forget)
+    node.call(break_once, name)
+    [answer] = node.ask(MOVED)
+    assert node.call(events)["failed.fetch"] == 1
+    assert answer.figures is not None
+    assert answer.figures["ttft_part_seconds"]["staging"] < 30
+    [expected] = engines(None).ask(MOVED)
+    assert answer.tokens == expected.tokens
+    node.call(forget)
+    [answer] = node.ask(Ask(f"again {MOVED.text}", MOVED.images))
+    assert answer.figures is not None
+    assert answer.figures["tier"] == "fs"
+
+
 def fall_asleep(llm: Any) -> None:
     """What vLLM 0.33's worker calls before it frees device memory, and after."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group

@@ -55,7 +55,7 @@ class Master:
         return {
             "local_hostname": "127.0.0.1",
             "metadata_server": f"http://127.0.0.1:{http}/metadata",
-            "master_server_address": f"127.0.0.1:{rpc}",
+            "master_server_addr": f"127.0.0.1:{rpc}",
             "global_segment_size": 64 << 20,
         }
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from vlcache_connector.config import VLCacheConfig
+from vlcache_connector.storage.adapters import open_adapters
 from vlcache_connector.storage.engine import Lookup, SegmentEngine
 from vlcache_connector.storage.header import SegmentId
 from vlcache_connector.storage.layout import SegmentLayout, Space
+
+if TYPE_CHECKING:
+    from vlcache_connector.storage.guarded import GuardedConfig
 
 MIB = 1 << 20
 T = TypeVar("T")
@@ -42,6 +47,18 @@ def make_layout(
 def make_engine(*args: Any, num_bytes: int = MIB, side: Any = None, **kwargs: Any) -> SegmentEngine:
     """Host memory only; the other arguments are those of `make_layout`."""
     return SegmentEngine(make_layout(*args, **kwargs), num_bytes, side=side)
+
+
+def adapters_of(
+    *specs: Mapping[str, Any], transfer_seconds: float = 3.0, **options: Any
+) -> list[GuardedConfig]:
+    """Of `l2_adapters` and other options of `VLCacheConfig`; what hangs is given up sooner."""
+    made = open_adapters(
+        VLCacheConfig(l2_adapters=list(map(dict, specs)), **options), can_store=True
+    )
+    for adapter in made:
+        adapter.transfer_seconds = transfer_seconds
+    return made
 
 
 def put_kv(

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import redis
+from lmcache.v1.distributed.l2_adapters.factory import create_l2_adapter_from_registry
 from local_redis import LocalRedis, find_server, free_port
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from serving import VLLMServer
+from vlcache_connector.tiers import Deadline, Name, RedisTier
 
 from tests.helpers.deployment import (
     DOCKER,
@@ -23,7 +25,9 @@ from tests.helpers.deployment import (
     redis_options,
     run,
 )
-from vlcache_connector.tiers import Deadline, Name, RedisTier
+from vlcache_connector.config import VLCacheConfig
+from vlcache_connector.storage.adapters import open_adapters
+from vlcache_connector.storage.codec import FORMAT_VERSION
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
@@ -90,6 +94,22 @@ def test_the_tier_needs_no_more_than_its_user_may(
         if entry["username"] != "default"  # the start of the server, which nobody may ask
     ]
     assert refused == []
+
+
+def test_the_adapter_needs_no_more_than_its_user_may(
+    composed_redis: LocalRedis, secrets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLCACHE_REDIS_CREDENTIALS_FILE", str(secrets / "redis_credentials"))
+    [config] = open_adapters(VLCacheConfig(redis_url=composed_redis.url), can_store=True)
+    adapter: Any = create_l2_adapter_from_registry(config.inner_config)
+    name, workers = f"vlcache{FORMAT_VERSION}-dep-f1@00000000@0@ff", adapter._pool
+    workers.submit_set(name, b"content").result()
+    assert workers.submit_exists(name).result()
+    assert workers.submit_get_into(name, bytearray(7)).result() == 7
+    assert workers.submit_delete(name).result()
+    adapter.close()
+    log = client(composed_redis, "observer").execute_command("ACL", "LOG")
+    assert [entry for entry in log if entry["username"] != "default"] == []
 
 
 def test_others_may_nothing(composed_redis: LocalRedis, secrets: Path) -> None:

@@ -14,13 +14,11 @@ import pytest
 import torch
 from local_redis import LocalRedis, find_server, find_valkey, free_port
 
-from tests.helpers.stored import MIB, fetch, holds_random, make_layout, put_random
-from vlcache_connector.storage.adapters import guarded_configs
+from tests.helpers.stored import MIB, adapters_of, fetch, holds_random, make_layout, put_random
 from vlcache_connector.storage.engine import Loaded, Lookup, SegmentEngine
 from vlcache_connector.storage.header import SegmentId
 from vlcache_connector.storage.layout import SegmentLayout
 
-TRANSFER_SECONDS = 3.0
 SEGMENT, TOKENS = SegmentId("key", "kv"), 700
 KINDS = ("fs", "fs_native", "resp", "valkey", "valkey-on-valkey")
 REMOTE = KINDS[2:]
@@ -114,10 +112,7 @@ def place(tmp_path: Path) -> Iterator[Callable[..., Place]]:
                 pytest.importorskip("glide_sync")
 
             def open_engine(**options: Any) -> SegmentEngine:
-                configs = guarded_configs(
-                    [spec], lookup_seconds=0.5, transfer_seconds=TRANSFER_SECONDS
-                )
-                engine = SegmentEngine(layout(**options), 64 * MIB, configs)
+                engine = SegmentEngine(layout(**options), 64 * MIB, adapters_of(spec))
                 stack.callback(engine.close)
                 return engine
 
@@ -301,7 +296,7 @@ def test_a_stopped_server_fails_lookups_in_time_and_gives_everything_back(
     engine.load(SegmentId("in memory", "kv"), TOKENS, began + 1)
     assert engine.take_loaded() == [Loaded(SegmentId("in memory", "kv"), is_here=True)]
     assert fetch(engine, SEGMENT, TOKENS) == "failed"
-    assert time.monotonic() - began < TRANSFER_SECONDS
+    assert time.monotonic() - began < 3.0
     below.server.resume()
     until = time.monotonic() + 30
     while not (found := finds(engine, SEGMENT, TOKENS, 1)) and time.monotonic() < until:
@@ -398,11 +393,10 @@ def test_what_is_removed_while_it_is_loaded_does_not_stay(place: Callable[..., P
 def test_what_comes_from_afar_is_kept_nearby(tmp_path: Path) -> None:
     far = {"type": "fs_native", "base_path": str(tmp_path / "far")}
     near = {"type": "fs", "base_path": str(tmp_path / "near")}
-    seconds = {"lookup_seconds": 0.5, "transfer_seconds": TRANSFER_SECONDS}
-    other = SegmentEngine(layout(), 64 * MIB, guarded_configs([far], **seconds))
+    other = SegmentEngine(layout(), 64 * MIB, adapters_of(far))
     put_random(other, SEGMENT, TOKENS, 1)
     assert other.flush(20)
-    engine = SegmentEngine(layout(), 64 * MIB, guarded_configs([near, far], **seconds))
+    engine = SegmentEngine(layout(), 64 * MIB, adapters_of(near, far))
     assert finds(engine, SEGMENT, TOKENS, 1)
     assert engine.flush(20)
     assert len(list((tmp_path / "near").iterdir())) == len(list((tmp_path / "far").iterdir()))

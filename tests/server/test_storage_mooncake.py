@@ -12,24 +12,17 @@ from typing import Any
 import pytest
 
 from tests.helpers.mooncake import Master, Node, find_master
-from tests.helpers.stored import MIB, fetch, holds_random, put_random
+from tests.helpers.stored import MIB, adapters_of, fetch, holds_random, put_random
 from tests.server.test_storage_engine import TOKENS, layout
-from vlcache_connector.storage.adapters import guarded_configs
 from vlcache_connector.storage.engine import SegmentEngine
 from vlcache_connector.storage.header import SegmentId
-from vlcache_connector.storage.mooncake import MooncakeAdapter
 
 LOOKUP_SECONDS = 0.5
 
 
 def serve(pipe: Connection, params: dict[str, Any]) -> None:
-    spec = {
-        "type": "plugin",
-        "module_path": "vlcache_connector.storage.mooncake",
-        "class_name": "MooncakeAdapter",
-        "adapter_params": params,
-    }
-    configs = guarded_configs([spec], lookup_seconds=LOOKUP_SECONDS, transfer_seconds=5.0)
+    spec = {"type": "mooncake", **params}
+    configs = adapters_of(spec)
     engine = SegmentEngine(layout(), 32 * MIB, configs)
     while True:
         question, *rest = pipe.recv()
@@ -138,19 +131,6 @@ def test_a_master_that_is_gone_is_left_alone(
     took = [only.ask("fetch", "a", 1, 1)[1] for _ in range(12)]
     assert only.ask("state") != "closed"
     assert sorted(took[8:])[2] < 0.05
-
-
-@pytest.mark.parametrize(
-    ("params", "says"),
-    [
-        ({"metadata": "x"}, "adapter_params.metadata='x': the parameters are local_hostname"),
-        ({"metadata_server": "x"}, "adapter_params.master_server_address is missing"),
-    ],
-)
-def test_bad_parameters_are_named(params: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match="adapter_params") as refused:
-        MooncakeAdapter(params)
-    assert says in str(refused.value)
 
 
 @pytest.mark.parametrize("fault", ["away", "stopped"])

@@ -30,7 +30,6 @@ from ..protocol import (
     inside,
     of_runs,
 )
-from ..storage.adapters import configured
 from ..support import KVShape
 from .break_even import BreakEven
 from .budget import Fit, StepBudget, Work
@@ -105,7 +104,7 @@ class SchedulerSide:
         self._donors = Donors(segments, allowed=allowed, max_variants=config.donor_variants)
         self._is_gated = not allowed
         self._staging: Staging | None = None
-        if configured(config) and can_reuse and allowed:
+        if config.tier_keys and can_reuse and allowed:
             self._staging = Staging(
                 segments,
                 encoder_rows.index,

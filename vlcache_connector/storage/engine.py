@@ -473,8 +473,6 @@ class SegmentEngine:
 
     def look_up(self, lookups: Sequence[Lookup]) -> None:
         """Ask all tiers for segments, in one call of each; `take_looked_up` has the answers."""
-        if not lookups:
-            return
         keys = [
             self._layout.last_key(it, look.num_tokens) for look in lookups for it in look.segments
         ]

@@ -17,7 +17,6 @@ import torch
 from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
 
 from ..config import ConfigError, VLCacheConfig
-from ..storage.adapters import configured
 
 _SLACK = 1.05
 """Room for headers and alignment, which the scheduler side's accounts leave out."""
@@ -26,7 +25,7 @@ _SLACK = 1.05
 def host_memory(config: VLCacheConfig, num_ranks: int) -> int:
     """Bytes of host memory that each rank takes at start."""
     budget = config.cpu_bytes // num_ranks + config.encoder_cpu_bytes
-    if configured(config):  # what is being written keeps its memory after it was evicted
+    if config.tier_keys:  # what is being written keeps its memory after it was evicted
         budget += config.write_queue_bytes
     return int(budget * _SLACK) + (8 << 20)
 

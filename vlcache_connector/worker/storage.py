@@ -20,7 +20,7 @@ from vllm.platforms import current_platform
 from ..identity import check_identity, model_fingerprint
 from ..protocol import Found, Loaded, LoadPlan, LookupPlan, NoAnswer, TierState
 from ..storage import codec
-from ..storage.adapters import open_adapters
+from ..storage.adapters import open_adapters, require_adapters
 from ..storage.engine import Lookup, SegmentEngine
 from ..storage.header import SegmentId
 from ..storage.layout import SegmentLayout, Space
@@ -237,6 +237,11 @@ def open_storage(vllm_config: VllmConfig) -> Storage:
     with taking_turns():
         check_memory(config, budget, device)
         engine = SegmentEngine(segment_layout(vllm_config, own_rank()), budget, adapters, side=side)
+    try:
+        require_adapters(config, [tier.adapter for tier in engine.tiers])
+    except BaseException:
+        engine.close()
+        raise
     leaving = Leaving(side, device)
     copies = None
     if config.device_bytes:

@@ -177,7 +177,8 @@ class WorkerSide:
     def _begin_fetches(self, plan: StepPlan) -> None:
         """What can't be begun ends at once: requests wait for it."""
         try:
-            self._storage.look_up(plan.lookups)
+            if plan.lookups:
+                self._storage.look_up(plan.lookups)
         except Exception:
             self._report.failed("fetch")
             logger.exception("VLCache: a lookup failed")
