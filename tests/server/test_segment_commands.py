@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from lmcache.v1.distributed.api import ObjectKey
+from lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter import _object_key_to_string
 from local_redis import LocalRedis, free_port
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from vlcache_connector.storage import listing
 from vlcache_connector.storage.header import SegmentId
 from vlcache_connector.storage.layout import Space
 from vlcache_connector.storage.names import Namespace, read_file_name, read_key
+from vlcache_connector.storage.redis_url import RedisAddress
 
 # LMCache's logging sets off a deprecation inside OpenTelemetry.
 pytestmark = pytest.mark.filterwarnings("ignore:`LoggingHandler`:DeprecationWarning")
@@ -527,6 +529,36 @@ def test_a_redis_that_dies_meanwhile(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-1].startswith(f"vlcache check: {server.url}: ")
+
+
+@pytest.mark.parametrize("kind", ["database", "socket", "cluster"])
+def test_servers_of_all_kinds_are_looked_at(
+    redis_server: Callable[..., LocalRedis], tmp_path: Path, kind: str, vlcache: Vlcache
+) -> None:
+    if kind == "database":
+        url = f"{redis_server().url}/3"
+    elif kind == "socket":
+        redis_server(unixsocket=tmp_path / "a+b.sock")
+        url = f"unix://{tmp_path}/a%2Bb.sock"
+    else:
+        nodes = [redis_server(cluster_enabled="yes", cluster_node_timeout=2000) for _ in range(2)]
+        nodes[0].client.execute_command("CLUSTER ADDSLOTS", *range(8192))
+        nodes[1].client.execute_command("CLUSTER ADDSLOTS", *range(8192, 16384))
+        nodes[0].client.execute_command("CLUSTER MEET", "127.0.0.1", nodes[1].port)
+        until = time.monotonic() + 30
+        while not all(
+            node.client.execute_command("CLUSTER INFO")["cluster_state"] == "ok" for node in nodes
+        ):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        url = f"redis+cluster://127.0.0.1:{nodes[0].port}"
+    with listing.KeySpace(RedisAddress.from_url(url), None) as place:
+        for key, value in {**OBJECTS["large"], **OBJECTS["rows"], **OBJECTS["other"]}.items():
+            place.client.set(_object_key_to_string(key), bytes(value.numpy()))
+    assert vlcache("ls", "--redis-url", url)["num_segments"] == 3
+    assert vlcache("check", "--redis-url", url)["sound"] == 3
+    assert vlcache("rm", "--redis-url", url, "--kind", "kv", "--yes")["removed"] == 2
+    assert vlcache("stat", "--redis-url", url)["num_segments"] == 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,11 @@ def put(
 
 
 def used_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    total = 0
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # a janitor is at work
+            total += path.stat().st_size
+    return total
 
 
 def size_of(files: list[Path]) -> int:
