@@ -157,9 +157,8 @@ def run_stat(args: argparse.Namespace) -> int:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "deployment": itemgetter("deployment"),
         "model": lambda row: _short(row["fingerprint"]),
-        "version": lambda row: str(row["format_version"]),
         "kind": itemgetter("kind"),
-        "segments": lambda row: str(row["num_segments"]),
+        "count": lambda row: str(row["num_segments"]),
         "size": lambda row: size_text(row["num_bytes"]),
         "oldest": lambda row: duration_text(row["oldest_seconds"]),
         "newest": lambda row: duration_text(row["newest_seconds"]),
