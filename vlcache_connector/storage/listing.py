@@ -15,9 +15,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import redis
@@ -139,7 +138,7 @@ class Store(ABC):
         """Remove segments; how many were there."""
         return sum(self._remove([o.name for o in each.objects]) > 0 for each in segments)
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -224,9 +223,9 @@ class KeySpace(Store):
         self.client.close()
 
     def _objects(self) -> Iterator[ListedObject]:
-        scanned = set(self.client.scan_iter(match="vlcache*", count=_BATCH))  # it may repeat some
-        keys_left = iter(scanned)
-        for keys in iter(lambda: list(islice(keys_left, _BATCH)), []):
+        scanned = list(set(self.client.scan_iter(match="vlcache*", count=_BATCH)))
+        for start in range(0, len(scanned), _BATCH):
+            keys = scanned[start : start + _BATCH]
             found = {key: read_key(key.decode(errors="replace")) for key in keys}
             ours = [(key, stored) for key, stored in found.items() if stored is not None]
             pipeline = self.client.pipeline(transaction=False)
