@@ -223,6 +223,18 @@ def _num_objects(space: Space, form: Form) -> int:
         return 1
 
 
+def kind_and_group(key: ObjectKey) -> tuple[Kind, int]:
+    """Of an object by its key.
+
+    Raises:
+        RefusedObject: no object of ours has this key.
+    """
+    kind, group = divmod(key.object_group_id, _MAX_GROUPS)
+    if kind >= len(_KINDS):
+        raise RefusedObject("identity", f"there is no object group {key.object_group_id}")
+    return _KINDS[kind], group
+
+
 def check_object(key: ObjectKey, memory: Tensor) -> None:
     """Check an object of unknown content, every byte of it, against the key it came under.
 
@@ -233,8 +245,8 @@ def check_object(key: ObjectKey, memory: Tensor) -> None:
         RefusedObject: it is damaged, or another object than the key says.
     """
     header = codec.read_header(memory)
-    kind, group = divmod(key.object_group_id, _MAX_GROUPS)
-    if (_digest(header.id), header.kind, header.group) != (key.chunk_hash, _KINDS[kind], group):
+    kind, group = kind_and_group(key)
+    if (_digest(header.id), header.kind, header.group) != (key.chunk_hash, kind, group):
         raise RefusedObject("identity", f"stored as group {header.group} of {header.key!r}")
     identity = _identity(key.model_name, key.kv_rank)
     codec.decode(memory, expect_key=header.key, expect_fingerprint=identity, verify=True)

@@ -19,11 +19,12 @@ from vllm.platforms import current_platform
 
 from ..identity import check_identity, model_fingerprint
 from ..protocol import Found, Loaded, LoadPlan, LookupPlan, NoAnswer, TierState
-from ..storage import codec
 from ..storage.adapters import open_adapters, require_adapters
+from ..storage.disk import Janitor, check_directory
 from ..storage.engine import Lookup, SegmentEngine
 from ..storage.header import SegmentId
 from ..storage.layout import SegmentLayout, Space
+from ..storage.names import Namespace
 from ..storage.segment import KVWriter, Segment
 from ..streams import Leaving, Side, make_side
 from ..support import can_store, config_of, encoder_width, kv_shape, model_dtype
@@ -50,6 +51,7 @@ class Storage:
         device: copies in device memory, if any are to be kept.
         side: a stream for copies beside the model's own, if there is one.
         leaving: what is read by copies is released through it.
+        janitor: of the directory of `disk_path`, if there is one.
         is_unchanged: whether the weights are those that were loaded; by its result all ranks go.
     """
 
@@ -61,6 +63,7 @@ class Storage:
         device: DeviceSegments | None = None,
         side: Side | None = None,
         leaving: Leaving | None = None,
+        janitor: Janitor | None = None,
         is_unchanged: Callable[[], bool] = lambda: True,
     ) -> None:
         self.engine = engine
@@ -68,6 +71,7 @@ class Storage:
         self.leaving = leaving or Leaving(side, torch.device("cpu"))
         self._num_layers = num_layers
         self._device = device
+        self._janitor = janitor
         self._is_unchanged = is_unchanged
         self._generation = 0
 
@@ -195,6 +199,8 @@ class Storage:
         """Release all memory and threads, after a last moment for what is still to be written."""
         self.leaving.close()
         self.flush(_LAST_MOMENT_SECONDS)
+        if self._janitor is not None:
+            self._janitor.close()
         self.engine.close()
 
 
@@ -205,13 +211,9 @@ def _skipped(was_skipped: bool) -> NoAnswer | None:
 def segment_layout(vllm_config: VllmConfig, rank: int) -> SegmentLayout:
     """How a rank's segments become objects."""
     config, shape, model = config_of(vllm_config), kv_shape(vllm_config), vllm_config.model_config
-    fingerprint = model_fingerprint(vllm_config)
+    namespace = Namespace(config.deployment, model_fingerprint(vllm_config))
     return SegmentLayout(
-        Space(
-            f"vlcache{codec.FORMAT_VERSION}-{config.deployment}-{fingerprint}",
-            rank,
-            vllm_config.parallel_config.tensor_parallel_size,
-        ),
+        Space(str(namespace), rank, vllm_config.parallel_config.tensor_parallel_size),
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
@@ -229,19 +231,32 @@ def open_storage(vllm_config: VllmConfig) -> Storage:
         ConfigError: there is not as much memory, or a tier can't be used.
     """
     check_identity(vllm_config, is_loaded=True)
+    logger.info("VLCache: segments are stored as of model %s", model_fingerprint(vllm_config))
     config, shape = config_of(vllm_config), kv_shape(vllm_config)
     device = torch.device(current_platform.device_type)
-    adapters = open_adapters(config, can_store=can_store(vllm_config))
+    rank, stores = own_rank(), can_store(vllm_config)
+    if config.disk_path is not None:
+        check_directory(config.disk_path, can_store=stores)
+    adapters = open_adapters(config, can_store=stores)
     budget = host_memory(config, vllm_config.parallel_config.tensor_parallel_size)
     side = make_side(device)
     with taking_turns():
         check_memory(config, budget, device)
-        engine = SegmentEngine(segment_layout(vllm_config, own_rank()), budget, adapters, side=side)
+        engine = SegmentEngine(segment_layout(vllm_config, rank), budget, adapters, side=side)
     try:
         require_adapters(config, [tier.adapter for tier in engine.tiers])
     except BaseException:
         engine.close()
         raise
+    janitor = None
+    if config.disk_path is not None:
+        janitor = Janitor(config.disk_path, config.disk_bytes, config.ttl_seconds, can_store=stores)
+        # `disk_path` is the nearest; what each rank reads of it counts as used.
+        nearest = engine.tiers[0].adapter
+        assert nearest is not None
+        nearest.register_listener(janitor)
+        if rank == 0:
+            janitor.start()
     leaving = Leaving(side, device)
     copies = None
     if config.device_bytes:
@@ -252,5 +267,6 @@ def open_storage(vllm_config: VllmConfig) -> Storage:
         device=copies,
         side=side,
         leaving=leaving,
+        janitor=janitor,
         is_unchanged=functools.partial(holds_what_was_loaded, vllm_config),
     )
