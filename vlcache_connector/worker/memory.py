@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -18,6 +18,8 @@ from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_me
 
 from ..config import ConfigError, VLCacheConfig
 
+_STATISTICS = (Path("/sys/fs/cgroup/memory.stat"), Path("/sys/fs/cgroup/memory/memory.stat"))
+"""Of the control group, in version 2 and 1."""
 _SLACK = 1.05
 """Room for headers and alignment, which the scheduler side's accounts leave out."""
 
@@ -75,12 +77,24 @@ def check_memory(config: VLCacheConfig, host_bytes: int, device: torch.device) -
 
 
 def available_host_memory() -> int:
-    """Bytes of host memory that nobody uses, within the control group's limit if there is one."""
+    """Bytes of host memory that nobody needs, within the control group's limit if there is one."""
     free = int(psutil.virtual_memory().available)
     limit = get_cgroup_memory_limit()
     if limit is None:
         return free
-    return min(free, max(0, limit - (get_cgroup_memory_usage() or 0)))
+    used = (get_cgroup_memory_usage() or 0) - _page_cache(_STATISTICS)
+    return min(free, max(0, limit - max(0, used)))
+
+
+def _page_cache(statistics: Sequence[Path]) -> int:
+    """Bytes of the control group's usage that are files nobody has read of late: the kernel gives
+    them to whoever needs memory."""
+    for path in statistics:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            fields = dict(line.split() for line in path.read_text().splitlines())
+            # Version 1 tells a group's own apart from all below it, which its limit is for.
+            return int(fields.get("total_inactive_file") or fields["inactive_file"])
+    return 0
 
 
 def _gib(num_bytes: int) -> str:
