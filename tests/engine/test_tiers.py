@@ -14,6 +14,7 @@ import torch
 from local_redis import LocalRedis, find_server
 
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine
+from tests.helpers.mooncake import Master, find_master
 from tests.helpers.quick_start import KV_BLOCKS
 from vlcache_connector.storage.header import SegmentId
 
@@ -171,6 +172,50 @@ def test_what_one_node_prefilled_the_other_reuses_on_its_first_request(
     consumer.ask(Ask(f"new {IMAGE}", ((199, 224),)))
     assert consumer.call(flush)
     assert redis.client.dbsize() == before  # a consumer stores nothing
+
+
+@pytest.mark.skipif(find_master() is None, reason="no mooncake_master that runs here")
+def test_nodes_share_memory_through_mooncake_and_one_goes_on_when_the_other_restarts(
+    start: Callable[..., Engine], tmp_path: Path
+) -> None:
+    with Master(str(find_master()), tmp_path) as master:
+        adapter = {"type": "mooncake", **master.params}
+        connector = {"l2_adapters": [adapter], "fetch_deadline_seconds": 20.0}
+
+        def node() -> Engine:
+            started = start(connector)
+            until = time.monotonic() + 40
+            while not started.call(is_reached):
+                assert time.monotonic() < until
+                time.sleep(0.2)
+            return started
+
+        first, second = node(), node()
+        store_images(first)
+        [answer] = second.ask(MOVED)
+        assert answer.figures is not None
+        assert answer.figures["tier"] == "mooncake"
+        assert answer.figures["reused_tokens"] > 0
+
+        first.close()
+        other = Ask(f"with {IMAGE}", ((173, 224),))
+        moved = Ask(f"now with {IMAGE}", other.images, max_tokens=4)
+        second.ask(other)
+        [expected] = second.ask(moved)
+        first = node()
+        second.call(forget)
+        second.ask(other)  # what lay on the node that ended is gone, and is computed
+        assert second.call(flush)
+        [same] = first.ask(moved)
+        assert_reused(same, expected, "mooncake")
+
+
+def is_reached(llm: Any) -> bool:
+    """Whether the one adapter was made."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    [tier] = get_kv_transfer_group()._worker._storage.engine.tiers
+    return bool(tier.adapter.report_status()["is_healthy"])
 
 
 @needs_redis
