@@ -8,12 +8,13 @@ while they are written.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
-
-from lmcache.v1.distributed.api import ObjectKey
+from typing import TYPE_CHECKING, NamedTuple
 
 from vlcache_connector.storage.header import FORMAT_VERSION, Kind, RefusedObject
 from vlcache_connector.storage.layout import kind_and_group
+
+if TYPE_CHECKING:
+    from lmcache.v1.distributed.api import ObjectKey
 
 _NAMESPACE = r"vlcache([1-9][0-9]{0,8})-([A-Za-z0-9._-]{1,64})-([0-9a-f]+)"
 _KEY = re.compile(
@@ -83,6 +84,8 @@ class StoredObject(NamedTuple):
 
 def read_key(name: str) -> StoredObject | None:
     """What a key of `valkey` or `resp` stands for; None: it is not one of ours."""
+    from lmcache.v1.distributed.api import ObjectKey
+
     match = _KEY.fullmatch(name)
     if match is None:
         return None

@@ -20,7 +20,6 @@ from vllm.platforms import current_platform
 from ..identity import check_identity, model_fingerprint
 from ..protocol import Found, Loaded, LoadPlan, LookupPlan, NoAnswer, TierState
 from ..storage.adapters import open_adapters, require_adapters
-from ..storage.disk import Janitor, check_directory
 from ..storage.engine import Lookup, SegmentEngine
 from ..storage.header import SegmentId
 from ..storage.layout import SegmentLayout, Space
@@ -35,6 +34,8 @@ from .ranks import all_ranks_have, own_rank
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from ..storage.disk import Janitor
 
 logger = init_logger(__name__)
 
@@ -230,6 +231,9 @@ def open_storage(vllm_config: VllmConfig) -> Storage:
     Raises:
         ConfigError: there is not as much memory, or a tier can't be used.
     """
+    # It imports LMCache, which has modules that vLLM's start of a worker can't look at.
+    from ..storage.disk import Janitor, check_directory
+
     check_identity(vllm_config, is_loaded=True)
     logger.info("VLCache: segments are stored as of model %s", model_fingerprint(vllm_config))
     config, shape = config_of(vllm_config), kv_shape(vllm_config)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -384,3 +386,9 @@ def test_wrong_tensors_are_a_callers_error(make: MakeEngine) -> None:
         engine.put_encoder("image", torch.zeros(0, 4))
     with pytest.raises(ValueError, match="cannot be stored"):
         engine.put_encoder("image", torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_what_a_worker_imports_at_its_start_does_not_import_lmcache() -> None:
+    """vLLM looks at all modules then, and can't look at those of llvmlite."""
+    code = "import sys, vlcache_connector.worker.rank; sys.exit('lmcache' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
