@@ -92,12 +92,6 @@ def test_a_servers_metrics_agree_with_its_answers(server: VLLMServer, client: ht
     first, second = (image_part(make_image(seed, 224)) for seed in (15, 16))
     idle = serving.scrape()
     assert idle.by(metrics.LOOKUPS) == {}
-    assert idle(metrics.GUARD_STATE.name, tier="fs") == 0
-    assert ("fs",) in {
-        tuple(s.labels[label] for label in metrics.GUARD_STATE.labels)
-        for s in idle.samples
-        if s.name == metrics.GUARD_STATE.name
-    }
 
     serving.ask("a new one", first)
     serving.ask("the same elsewhere, and another new one", first, text_part("and"), second)
@@ -110,6 +104,12 @@ def test_a_servers_metrics_agree_with_its_answers(server: VLLMServer, client: ht
     assert scraped.by(metrics.LOOKUPS) == {("none", "miss"): 2, ("cpu", "hit"): 1}
     assert scraped.by(metrics.STORED_SEGMENTS) == {("kv",): 2, ("encoder",): 2}
     assert scraped.by(metrics.REFUSED) == {("client_uuid",): 1}
+    assert scraped(metrics.GUARD_STATE.name, tier="fs") == 0
+    assert ("fs",) in {
+        tuple(s.labels[label] for label in metrics.GUARD_STATE.labels)
+        for s in scraped.samples
+        if s.name == metrics.GUARD_STATE.name
+    }
     assert scraped(metrics.READ_BYTES.name) == 0
 
     serving.reset()

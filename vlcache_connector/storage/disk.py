@@ -38,6 +38,10 @@ _NOTHING_OF_OURS = "name an empty directory, or one that does not exist yet"
 # -- the directory ------------------------------------------------------------------------------
 
 
+_OF_FILE_SYSTEMS = "lost+found"
+"""What a volume of one's own has from the start."""
+
+
 def check_directory(path: str | Path, *, can_store: bool) -> None:
     """Find out whether a directory may be handed to an `fs` adapter.
 
@@ -65,7 +69,7 @@ def check_directory(path: str | Path, *, can_store: bool) -> None:
             verb = "write to" if can_store else "read"
             raise _refused(path, f"this process can't {verb} it", f"let it, or {_NOTHING_OF_OURS}")
         for name in os.listdir(folder):
-            if read_file_name(name) is None:
+            if read_file_name(name) is None and name != _OF_FILE_SYSTEMS:
                 raise _refused(path, f"it holds {name!r}, which is not ours", _NOTHING_OF_OURS)
 
 
@@ -95,7 +99,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _refused(path: Path, problem: str, remedy: str) -> ConfigError:
-    return ConfigError(f"disk_path={str(path)!r}: {problem}; {remedy}")
+    return ConfigError(f"kv_connector_extra_config: disk_path={str(path)!r}: {problem}; {remedy}")
 
 
 # -- the janitor --------------------------------------------------------------------------------

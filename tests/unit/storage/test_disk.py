@@ -145,7 +145,7 @@ def refusal(path: Path | str, *, can_store: bool = True) -> str:
     with pytest.raises(ConfigError) as refused:
         check_directory(path, can_store=can_store)
     message = str(refused.value)
-    assert message.startswith(f"disk_path={str(Path(path))!r}: ")
+    assert message.startswith(f"kv_connector_extra_config: disk_path={str(Path(path))!r}: ")
     assert "; " in message
     return message
 
