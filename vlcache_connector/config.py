@@ -91,7 +91,7 @@ class VLCacheConfig(BaseModel):
     """Directory for segments that survive a restart; None: no disk tier."""
 
     disk_bytes: Bytes = Field(default=50 << 30, gt=0)
-    """Most bytes in `disk_path`."""
+    """Most bytes in `disk_path`, of all servers that share it."""
 
     l2_adapters: list[dict[str, Any]] = []
     """Storage below host memory, nearest first: LMCache's JSON objects, `{"type": "fs", ...}`."""
@@ -109,7 +109,7 @@ class VLCacheConfig(BaseModel):
     """Servers that share segments below host memory have the same one."""
 
     ttl_seconds: int = Field(default=7 * 24 * 3600, gt=0)
-    """Age at which segments on disk and in Redis or Valkey are dropped."""
+    """Age at which segments in `disk_path` and in Redis or Valkey are dropped."""
 
     fetch_deadline_seconds: float = Field(default=1.0, gt=0.0)
     """Longest that a request waits for segments from below host memory."""

@@ -51,7 +51,7 @@ REFUSALS = {
     "client_uuid": "a request with an image that the client has given a name",
     "unsupported": "a request that is left to plain vLLM (LoRA, embeddings, pooling, ...)",
     # Segments.
-    "late": "a segment that was not fetched in time",
+    "late": "a segment that was not found and loaded in time",
     "not_worth": "a segment that takes longer to load than to compute",
     "no_room": "a segment that host memory has no room for",
     "queue_full": "objects that are not written to a tier; each rank counts its own",
@@ -169,7 +169,7 @@ WRITTEN_BYTES = Metric(
 STORED_SEGMENTS = Metric(
     f"{_PREFIX}stored_segments_total",
     "counter",
-    "Segments that host memory took in, computed here or fetched from below.",
+    "Segments that host memory took in, computed here or loaded from below.",
     {"kind": _KINDS},
 )
 EVICTED_SEGMENTS = Metric(

@@ -229,7 +229,7 @@ def test_a_vllm_that_can_not_be_imported(
     assert rows["fs bandwidth"]["result"] == "ok"
 
 
-@pytest.mark.parametrize("name", ["gpu", "cpu", "redis", "consumer"])
+@pytest.mark.parametrize("name", ["gpu", "cpu", "redis", "consumer", "mooncake"])
 def test_files_of_vllm_serve_are_read(name: str) -> None:
     options = Options.read(CONFIGS / f"{name}.yaml")
     assert options.transfer["kv_connector"] == "VLCacheConnector"

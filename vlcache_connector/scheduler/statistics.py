@@ -91,7 +91,7 @@ class Statistics:
             self._new.observe(metrics.TTFT_PART_SECONDS, part, tier or metrics.NOWHERE, value=took)
 
     def waited_in_vain(self, seconds: float) -> None:
-        """A request waited for disk and Redis, and claims nothing."""
+        """A request waited for segments from below host memory, and claims nothing."""
         if seconds:
             self._saved(-seconds)
 

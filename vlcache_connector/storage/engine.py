@@ -5,7 +5,7 @@ stored is handed to all adapters, in LMCache's threads. Nothing here waits for a
 the process. An engine is used from one thread.
 
 LMCache seam: `lmcache.v1.distributed.storage_manager.StorageManager`, and what is private of it in
-`_abandon` and `flush`.
+`_abandon`, `_end_load` and `flush`.
 """
 
 from __future__ import annotations

@@ -29,14 +29,14 @@ class SegmentInfo:
 class Segment:
     """A read handle: its memory is neither freed nor reused before `release`.
 
-    A context manager. Views that were handed out are valid until `release`, or until the store is
-    closed; copies to a device that read from them have to be complete by then.
+    A context manager. Views that were handed out are valid until `release`, or until the engine
+    is closed; copies to a device that read from them have to be complete by then.
     """
 
     def __init__(
         self, info: SegmentInfo, parts: Sequence[Tensor], on_release: Callable[[Segment], None]
     ) -> None:
-        """Made by stores.
+        """Made by the engine.
 
         Args:
             info: what the segment is.
@@ -80,7 +80,7 @@ class Segment:
         return self._parts
 
     def release(self) -> None:
-        """Give the memory back to the store. Does nothing the second time."""
+        """Give the memory back. Does nothing the second time."""
         on_release, self._on_release = self._on_release, None
         self._parts = ()
         if on_release is not None:
@@ -100,7 +100,7 @@ class Segment:
 
 
 class KVWriter:
-    """A KV segment that is being written. Its memory is the store's: `finish` or `abandon` it.
+    """A KV segment that is being written. Its memory is the engine's: `finish` or `abandon` it.
 
     Attributes:
         key: content key.
@@ -113,17 +113,17 @@ class KVWriter:
         on_finish: Callable[[Tensor | None], int],
         on_abandon: Callable[[], None],
     ) -> None:
-        """Made by stores; one of the two is called, once."""
+        """Made by the engine; one of the two is called, once."""
         self.key = key
         self._layers: Sequence[Tensor] | None = layers
         self._on_finish = on_finish
         self._on_abandon = on_abandon
 
     def layer(self, layer: int) -> Tensor:
-        """Where K and V of a layer go: `[2, n, kv_heads, head_dim]` of the store's dtype in host
+        """Where K and V of a layer go: `[2, n, kv_heads, head_dim]` of the layout's dtype in host
         memory, pinned if there is an accelerator.
 
-        Copies on the store's side stream may still be on their way when `finish` or `abandon` is
+        Copies on the engine's side stream may still be on their way when `finish` or `abandon` is
         called.
         """
         if self._layers is None:
