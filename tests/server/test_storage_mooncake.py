@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from local_mooncake import Master, find_master
 
-from tests.helpers.mooncake import Master, Node, find_master
+from tests.helpers.mooncake import Node
 from tests.helpers.stored import MIB, adapters_of, fetch, holds_random, put_random
 from tests.server.test_storage_engine import TOKENS, layout
 from vlcache_connector.storage.engine import SegmentEngine
