@@ -58,8 +58,6 @@ LAYOUT = SegmentLayout(
 )
 TOKENS = (256, 576, 1024, 1600, 2500)
 """Of images; each is of one of these sizes."""
-PROTECTED = 0.8
-"""Of the memory: most that "slru" keeps for what was used again."""
 ONE_OFFS = (0.0, 0.5, 0.9)
 """Shares of the requests."""
 STICKY = 0.9
@@ -106,8 +104,8 @@ class Memory(Protocol):
         """Keep a segment that is not there, and forget others for it."""
 
 
-class LRU:
-    """What the scheduler side does."""
+class SegmentedLRU:
+    """What the scheduler side does: what was used again goes only after what was used once."""
 
     def __init__(self, budget: int) -> None:
         self._index = ResidencyIndex(budget, num_ranks=1)
@@ -130,39 +128,27 @@ class LRU:
         self._index.take_evicted()
 
 
-class SegmentedLRU:
-    """What was used again goes only after what was used once."""
+class LRU:
+    """What was not used for longest goes."""
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
         self._used = 0
-        self._once: OrderedDict[Any, int] = OrderedDict()
-        self._again: OrderedDict[Any, int] = OrderedDict()
-        self._again_bytes = 0
+        self._sizes: OrderedDict[Any, int] = OrderedDict()
 
     def use(self, key: Any) -> bool:
-        if key in self._again:
-            self._again.move_to_end(key)
-            return True
-        if key not in self._once:
+        if key not in self._sizes:
             return False
-        num_bytes = self._once.pop(key)
-        self._again[key] = num_bytes
-        self._again_bytes += num_bytes
-        while self._again_bytes > PROTECTED * self._budget:
-            oldest, size = self._again.popitem(last=False)
-            self._again_bytes -= size
-            self._once[oldest] = size
+        self._sizes.move_to_end(key)
         return True
 
     def add(self, key: Any, num_bytes: int) -> None:
+        if num_bytes > self._budget:
+            return
         while self._used + num_bytes > self._budget:
-            if self._once:
-                self._used -= self._once.popitem(last=False)[1]
-            else:
-                size = self._again.popitem(last=False)[1]
-                self._used, self._again_bytes = self._used - size, self._again_bytes - size
-        self._once[key] = num_bytes
+            _, size = self._sizes.popitem(last=False)
+            self._used -= size
+        self._sizes[key] = num_bytes
         self._used += num_bytes
 
 

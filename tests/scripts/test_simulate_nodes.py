@@ -75,12 +75,9 @@ def test_memory_keeps_to_its_budget(name: str) -> None:
 
 
 def _is_there(memory: Any, key: int) -> Any:
-    if isinstance(memory, simulation.LRU):
-        index: Any = memory._index
-        return index.is_ready(key)
-    if isinstance(memory, simulation.ARC):
-        return key in memory._sizes
-    return key in memory._once or key in memory._again
+    if isinstance(memory, simulation.SegmentedLRU):
+        return memory._index.is_ready(key)
+    return key in memory._sizes
 
 
 @pytest.mark.parametrize("name", ["slru", "arc"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 IndexEvent = Literal["stored", "evicted", "no_room"]
@@ -23,8 +24,15 @@ class _Entry:
     """Ranks that have not reported it stored; 0: ready."""
 
 
+_AGAIN_SHARE = 0.8
+"""Of the budget, at most, for what was used again."""
+
+
 class ResidencyIndex:
-    """An LRU over content keys with a byte budget; entries are first reserved, then ready.
+    """A segmented LRU over content keys with a byte budget; entries are first reserved, then ready.
+
+    What was used again goes only when nothing is left that was not: images that never come back do
+    not drive out those that do (`configs/results/nodes.md`).
 
     Args:
         budget_bytes: bytes per rank.
@@ -34,8 +42,13 @@ class ResidencyIndex:
     def __init__(self, budget_bytes: int, num_ranks: int) -> None:
         self._budget = budget_bytes
         self._num_ranks = num_ranks
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._entries: dict[str, _Entry] = {}
+        self._once: OrderedDict[str, None] = OrderedDict()
+        """Not used again so far, or not for long; what was used last comes last."""
+        self._again: OrderedDict[str, None] = OrderedDict()
         self._used = 0
+        self._used_again = 0
+        """Bytes of what is in `_again`."""
         self._evicted: list[str] = []
         self._promised: set[str] = set()
         self._promised_before: set[str] = set()
@@ -54,15 +67,24 @@ class ResidencyIndex:
 
     def promise(self, key: str) -> None:
         """A request of this step loads `key`: keep it, and count it as just used."""
-        self._entries.move_to_end(key)
         self._promised.add(key)
+        if key in self._again:
+            self._again.move_to_end(key)
+            return
+        del self._once[key]
+        self._again[key] = None
+        self._used_again += self._entries[key].num_bytes
+        while self._used_again > _AGAIN_SHARE * self._budget:
+            oldest, _ = self._again.popitem(last=False)
+            self._used_again -= self._entries[oldest].num_bytes
+            self._once[oldest] = None
 
     def settle(self) -> None:
         """A step is planned; promises older than one step are kept by now."""
         self._promised_before, self._promised = self._promised, set()
 
     def reserve(self, key: str, num_bytes: int) -> bool:
-        """Make room for `key`, evicting what was not used for longest.
+        """Make room for `key`, evicting what was not used again, or not for longest.
 
         Returns:
             False, with nothing changed, when `key` is known already or doesn't fit.
@@ -71,18 +93,19 @@ class ResidencyIndex:
             return False
         free = self._budget - self._used
         victims = []
-        for victim, entry in self._entries.items():
+        for victim in chain(self._once, self._again):
             if free >= num_bytes:
                 break
             if self._can_go(victim):
                 victims.append(victim)
-                free += entry.num_bytes
+                free += self._entries[victim].num_bytes
         if free < num_bytes:
             self._events["no_room"] += 1
             return False
         for victim in victims:
             self.evict(victim)
         self._entries[key] = _Entry(num_bytes, self._num_ranks)
+        self._once[key] = None
         self._used += num_bytes
         return True
 
@@ -121,6 +144,11 @@ class ResidencyIndex:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._used -= entry.num_bytes
+            if key in self._again:
+                del self._again[key]
+                self._used_again -= entry.num_bytes
+            else:
+                del self._once[key]
             if self.on_forgotten is not None:
                 self.on_forgotten(key)
 
@@ -156,3 +184,5 @@ class ResidencyIndex:
         """Raise AssertionError when the accounts don't add up."""
         assert self._used == sum(entry.num_bytes for entry in self._entries.values())
         assert 0 <= self._used <= self._budget
+        assert self._entries.keys() == {*self._once, *self._again}
+        assert self._used_again == sum(self._entries[key].num_bytes for key in self._again)
