@@ -231,7 +231,8 @@ class SegmentEngine:
         self._asked: list[_Asked] = []
         self._wanted: list[_Wanted] = []
         self._order = itertools.count()
-        self._too_large: list[SegmentId] = []
+        self._given_up: list[SegmentId] = []
+        """They were to be loaded, and are too large or not wanted any more."""
         self._loading: dict[SegmentId, tuple[PrefetchHandle, _Wanted]] = {}
         self._dropped: set[SegmentId] = set()
         """Removed while they were being loaded."""
@@ -447,8 +448,10 @@ class SegmentEngine:
             self._unwanted.append(arriving)
         if segment in self._loading:
             self._dropped.add(segment)
-        self._wanted = [it for it in self._wanted if it.objects.id != segment]
-        heapq.heapify(self._wanted)
+        if any(wanted.objects.id == segment for wanted in self._wanted):
+            self._wanted = [it for it in self._wanted if it.objects.id != segment]
+            heapq.heapify(self._wanted)
+            self._given_up.append(segment)
         resident = self._resident.pop(segment, None)
         if resident is not None:
             self._leaving[segment] = (resident.objects, resident)
@@ -527,14 +530,14 @@ class SegmentEngine:
         """
         objects = self._layout.expected(segment, num_tokens)
         if objects is None:
-            self._too_large.append(segment)
+            self._given_up.append(segment)
         else:
             heapq.heappush(self._wanted, _Wanted(deadline, next(self._order), objects))
 
     def take_loaded(self) -> list[Loaded]:
         """Segments of `load` that are here, or will not be."""
-        ended = [Loaded(segment, False) for segment in self._too_large]
-        self._too_large.clear()
+        ended = [Loaded(segment, False) for segment in self._given_up]
+        self._given_up.clear()
         for segment, (handle, wanted) in list(self._loading.items()):
             result = self._lmcache.query_prefetch_status(handle)
             if result is not None:
@@ -593,7 +596,7 @@ class SegmentEngine:
     @property
     def is_busy(self) -> bool:
         """Whether lookups or loads are on their way."""
-        return bool(self._asked or self._wanted or self._loading)
+        return bool(self._asked or self._wanted or self._loading or self._given_up)
 
     @property
     def tiers(self) -> Sequence[Tier]:

@@ -240,6 +240,14 @@ def test_what_was_removed_and_is_still_read_is_here_when_it_is_to_be_loaded(
     engine.check_integrity()
 
 
+def test_what_is_removed_before_its_load_begins_is_not_loaded(make: MakeEngine) -> None:
+    engine = make()
+    engine.load(SegmentId("image", "kv"), 10, float("inf"))
+    engine.remove(SegmentId("image", "kv"))
+    assert engine.take_loaded() == [Loaded(SegmentId("image", "kv"), is_here=False)]
+    assert not engine.is_busy
+
+
 def test_two_writers_of_one_segment_do_not_meet(make: MakeEngine) -> None:
     engine = make()
     writer = engine.open_kv("image", positions(10))
