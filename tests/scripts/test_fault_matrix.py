@@ -453,18 +453,17 @@ def test_wrong_command_lines_are_refused(capsys: pytest.CaptureFixture[str]) -> 
 
 @needs_redis
 def test_a_real_engine_stands_a_few_cells(tmp_path: Path) -> None:
-    words = arguments(tmp_path, "--at", "load", "store")
+    words = arguments(tmp_path, "--at", "load")
     words[words.index("--requests") + 1] = "60"
     assert matrix.main([*words, "--faults", "stopped", "version"]) == 0
     cells = {(cell["fault"], cell["at"]): cell for cell in cells_of(tmp_path)}
-    assert len(cells) == 5
+    assert len(cells) == 3
     for cell in cells.values():
         assert cell["requests"] == 60 + 6 + 1
         assert cell["aborted"] > 0
     # Something was struck, and something came through all the same.
     assert cells["none", ""]["reused"] > cells["version", "load"]["reused"] > 0
-    for at in ("load", "store"):
-        assert cells["version", at]["counters"]["valkey.refused.version"] > 0
+    assert cells["version", "load"]["counters"]["valkey.refused.version"] > 0
     assert cells["stopped", "load"]["opened"] > 0
     assert cells["none", ""]["opened"] == 0
 
