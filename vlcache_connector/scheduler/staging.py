@@ -151,7 +151,9 @@ class Staging:
                 if variants and saved > 0:
                     fetch = _Fetch(item, "kv", segment_bytes(item), saved, variants, until)
                     ticket.kv[item.index] = self._begin(ticket, fetch)
-                if item.encoder_key not in self._encoder_rows:
+                # Of an item whose KV is reused as it is, no token needs its rows.
+                needs_rows = saved < len(item.span) or self._donors.find(item) is None
+                if needs_rows and item.encoder_key not in self._encoder_rows:
                     rows: dict[str, int | None] = {item.encoder_key: None}
                     self._begin(
                         ticket, _Fetch(item, "encoder", encoder_bytes(item), 0, rows, until)

@@ -179,6 +179,20 @@ def test_what_is_known_already_is_not_looked_for() -> None:
     assert world.step() == ([], [])
 
 
+@pytest.mark.parametrize(
+    ("saved_tokens", "expected"),
+    [(4, []), (3, ["cat rows"])],  # all of its tokens; one is recomputed
+)
+def test_rows_that_no_token_needs_are_not_looked_for(
+    saved_tokens: int, expected: list[str]
+) -> None:
+    world = World()
+    assert world.donors.reserve(item(), KV_BYTES) == kv_name()
+    world.segments.stored(kv_name(), 1)
+    assert world.waits("1", item(), saved_tokens=saved_tokens) == bool(expected)
+    assert [plan.keys[0] for plan in world.step()[0]] == expected
+
+
 def test_a_reuse_that_saves_nothing_fetches_no_kv() -> None:
     world = World()
     assert world.waits("1", item(), saved_tokens=0)
