@@ -120,6 +120,10 @@ class VLCacheConfig(BaseModel):
     write_queue_bytes: Bytes = Field(default=1 << 30, gt=0)
     """Most bytes on their way to tiers below host memory; what doesn't fit is not written."""
 
+    store_at_sight: int = Field(default=1, ge=1, le=2)
+    """When segments are written below host memory: 1, once they are computed; 2, once this server
+    has been asked for them again."""
+
     break_even: bool = True
     """Compute an image where that takes less time than reusing it, or loading it from a tier."""
 

@@ -390,6 +390,25 @@ def test_what_is_removed_while_it_is_loaded_does_not_stay(place: Callable[..., P
     assert engine.bytes_used == 0
 
 
+def test_what_is_asked_for_once_is_not_stored_if_so_configured(tmp_path: Path) -> None:
+    spec = {"type": "fs", "base_path": str(tmp_path / "store")}
+    engine = SegmentEngine(layout(), 64 * MIB, adapters_of(spec, store_at_sight=2))
+    once, again, anew = (SegmentId(name, "kv") for name in ("once", "again", "anew"))
+    for segment in (once, again, anew):
+        assert put_random(engine, segment, TOKENS, 1)
+    assert engine.flush(20)
+    assert not list((tmp_path / "store").iterdir())
+    assert holds_random(engine, again, TOKENS, 1)
+    engine.remove(anew)
+    assert put_random(engine, anew, TOKENS, 1)
+    assert engine.flush(20)
+    for segment, expected in ((once, "miss"), (again, "hit"), (anew, "hit")):
+        engine.remove(segment)
+        assert fetch(engine, segment, TOKENS) == expected
+    assert events(engine)["store.failed"] == 0
+    engine.close()
+
+
 def test_what_comes_from_afar_is_kept_nearby(tmp_path: Path) -> None:
     far = {"type": "fs_native", "base_path": str(tmp_path / "far")}
     near = {"type": "fs", "base_path": str(tmp_path / "near")}

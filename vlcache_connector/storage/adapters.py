@@ -230,7 +230,12 @@ def _guarded(
     return [
         GuardedConfig(
             _adapter_config(entry),
-            tier=Tier(entry.type, can_store=can_store, fetch_deadline_seconds=deadline),
+            tier=Tier(
+                entry.type,
+                can_store=can_store,
+                store_at_sight=config.store_at_sight,
+                fetch_deadline_seconds=deadline,
+            ),
             reconnects=entry.type not in _NEVER_RECONNECTS,
             lookup_seconds=_LOOKUP_SHARE * deadline,
             transfer_seconds=max(_LONGEST_TRANSFER_SECONDS, 2 * deadline),

@@ -5,7 +5,7 @@ stored is handed to all adapters, in LMCache's threads. Nothing here waits for a
 the process. An engine is used from one thread.
 
 LMCache seam: `lmcache.v1.distributed.storage_manager.StorageManager`, and what is private of it in
-`_abandon`, `_end_load` and `flush`.
+`_abandon`, `_offer` and `flush`.
 """
 
 from __future__ import annotations
@@ -104,12 +104,14 @@ class _Resident:
         objects: of it.
         buffers: of the objects.
         info: what it is.
+        is_new: it was written here, and has not been opened since.
         readers: open handles.
     """
 
     objects: SegmentObjects
     buffers: Sequence[Tensor]
     info: SegmentInfo
+    is_new: bool = False
     readers: int = 0
 
     def payloads(self) -> list[Tensor]:
@@ -419,7 +421,13 @@ class SegmentEngine:
         objects = writing.objects
         self._lmcache.finish_write(list(objects.keys))
         positions = codec.unpack_positions(objects.headers[0])
-        self._resident[objects.id] = _Resident(objects, writing.buffers, _info(objects, positions))
+        info = _info(objects, positions)
+        self._resident[objects.id] = _Resident(objects, writing.buffers, info, is_new=True)
+
+    def _offer(self, objects: SegmentObjects) -> None:
+        """Hand a segment in host memory to the adapters once more."""
+        # StorageManager itself does so only with what was just written.
+        self._lmcache._store_controller._listener.on_l1_keys_write_finished(list(objects.keys))
 
     # -- host memory ----------------------------------------------------------------------------
 
@@ -432,6 +440,9 @@ class SegmentEngine:
         handle = Segment(resident.info, resident.payloads(), self._release)
         resident.readers += 1
         self._open[handle] = resident
+        if resident.is_new and any(tier.store_at_sight > 1 for tier in self._tiers):
+            self._offer(resident.objects)
+        resident.is_new = False
         return handle
 
     def _release(self, handle: Segment) -> None:
@@ -590,7 +601,7 @@ class SegmentEngine:
         self._leaving.pop(segment, None)
         self._resident[segment] = resident
         if len(self._tiers) > 1:  # for those above the one that it came from; others have it
-            self._lmcache._store_controller._listener.on_l1_keys_write_finished(keys)
+            self._offer(objects)
         return Loaded(segment, True)
 
     @property

@@ -5,7 +5,8 @@
 * An adapter whose server is away at start is made in a thread, again and again. Until then it has
   nothing, and takes nothing.
 * A batch is split by length of the objects, which some adapters take for granted.
-* Only what is not there is stored; what could not be loaded from there is stored anew.
+* Only what is not there is stored, at its second sight if so configured; what could not be loaded
+  from there is stored anew.
 * The adapter is left alone while its tier says so: see `Tier` and `Opening`.
 
 Loads and stores are never given up while the adapter may still touch their memory; how much memory
@@ -62,6 +63,7 @@ _CLOSE_SECONDS = 5.0
 _CLOCK_MS = 20
 _IDLE_MS = 1000
 _MAX_USELESS = 4096
+_MAX_SEEN = 1 << 16
 
 
 class GuardedConfig(L2AdapterConfigBase):
@@ -145,6 +147,8 @@ class GuardedAdapter(AnsweringAdapter):
         self._storing_bytes = 0
         self._useless: dict[ObjectKey, None] = {}
         """They are there, and could not be loaded; the oldest first."""
+        self._seen: dict[ObjectKey, None] = {}
+        """They were offered for the first time; the oldest first."""
         self._stored_bytes: dict[ObjectKey, int] = {}
         self._closing = threading.Event()
         self._maker = AdapterMaker(
@@ -254,6 +258,9 @@ class GuardedAdapter(AnsweringAdapter):
 
     def _begin_store(self, task: Task) -> None:
         """Ask what is there, to store the rest; and delete what is there of no use."""
+        if self._tier.store_at_sight > 1 and not self._have_been_seen(task.keys):
+            task.done = set(range(len(task.keys)))
+            return
         useless = [index for index, key in enumerate(task.keys) if key in self._useless]
         others = [index for index, key in enumerate(task.keys) if key not in self._useless]
         self._ask("lookup", task, others)
@@ -264,6 +271,14 @@ class GuardedAdapter(AnsweringAdapter):
             threading.Thread(
                 target=self._delete, args=(self._inner, part), name="vlcache-delete", daemon=True
             ).start()
+
+    def _have_been_seen(self, keys: Sequence[ObjectKey]) -> bool:
+        """Whether all of the objects were offered before; from now on they were."""
+        unseen = [key for key in keys if key not in self._seen]
+        self._seen.update(dict.fromkeys(unseen))
+        while len(self._seen) > _MAX_SEEN:
+            del self._seen[next(iter(self._seen))]
+        return not unseen
 
     def _delete(self, inner: L2AdapterInterface, part: Part) -> None:
         try:

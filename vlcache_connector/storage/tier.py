@@ -32,6 +32,7 @@ class Tier:
     Attributes:
         name: the adapter's type; label of its metrics.
         can_store: objects are written to it and deleted from it; not by consumers.
+        store_at_sight: objects are written when they are offered for the first or second time.
         read_time: of its loads.
         adapter: the guarded one, once LMCache has made it.
         lookup_seconds: a lookup that takes longer found nothing.
@@ -47,6 +48,7 @@ class Tier:
         name: str,
         *,
         can_store: bool = True,
+        store_at_sight: int = 1,
         fetch_deadline_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -60,6 +62,7 @@ class Tier:
         """
         self.name = name
         self.can_store = can_store
+        self.store_at_sight = store_at_sight
         self.read_time = TransferTime()
         lookup_seconds = max(_LOOKUP_SHARE * fetch_deadline_seconds, _MIN_LOOKUP_SECONDS)
         self.reads = Opening(
