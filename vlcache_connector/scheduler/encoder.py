@@ -145,7 +145,9 @@ def _make(vllm_config: VllmConfig) -> EncoderRows:
         config_of(vllm_config),
         fingerprint=model_fingerprint(vllm_config),
         row_bytes=encoder_width(vllm_config) * model_dtype(vllm_config).itemsize,
-        index=ResidencyIndex(config_of(vllm_config).encoder_cpu_bytes, num_ranks),
+        index=ResidencyIndex(
+            config_of(vllm_config).encoder_cpu_bytes, num_ranks, "encoder_cpu_bytes"
+        ),
         can_store=can_store(vllm_config),
     )
 

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
 IndexEvent = Literal["stored", "evicted", "no_room"]
 """A segment became ready, had to make room, or found none."""
 
@@ -37,10 +41,13 @@ class ResidencyIndex:
     Args:
         budget_bytes: bytes per rank.
         num_ranks: tensor-parallel ranks that must store a key before it is ready.
+        setting: the budget's key in the configuration.
     """
 
-    def __init__(self, budget_bytes: int, num_ranks: int) -> None:
+    def __init__(self, budget_bytes: int, num_ranks: int, setting: str = "cpu_bytes") -> None:
         self._budget = budget_bytes
+        self._setting = setting
+        self._has_warned = False
         self._num_ranks = num_ranks
         self._entries: dict[str, _Entry] = {}
         self._once: OrderedDict[str, None] = OrderedDict()
@@ -101,6 +108,13 @@ class ResidencyIndex:
                 free += self._entries[victim].num_bytes
         if free < num_bytes:
             self._events["no_room"] += 1
+            if num_bytes > self._budget and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "VLCache: an image takes %d bytes on each rank, and all of %s is %d there: it "
+                    "is not stored. Raise %s (this is logged once)",
+                    *(num_bytes, self._setting, self._budget, self._setting),
+                )
             return False
         for victim in victims:
             self.evict(victim)

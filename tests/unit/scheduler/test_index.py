@@ -139,6 +139,15 @@ def test_what_does_not_fit_changes_nothing() -> None:
     assert (len(index), index.used_bytes, index.take_evicted()) == (2, 20, [])
 
 
+def test_what_can_never_fit_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    index = ResidencyIndex(30, 1, "encoder_cpu_bytes")
+    for key in "ab":
+        assert not index.reserve(key, 31)
+    [record] = caplog.records
+    assert "takes 31 bytes" in record.getMessage()
+    assert "Raise encoder_cpu_bytes" in record.getMessage()
+
+
 def test_a_key_that_is_known_is_not_reserved_again() -> None:
     index = make_index(30, {"a": 10})
     assert not index.reserve("a", 10)
