@@ -105,6 +105,10 @@ class VLCacheConfig(BaseModel):
     redis_tls_ca_file: str | None = None
     """Certificates that a `rediss://` server is checked against; None: the system's."""
 
+    encryption_key_file: str | None = None
+    """File of at least 32 random bytes, by which all that is stored below host memory is encrypted;
+    None: it is not."""
+
     deployment: str = Field(default="default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
     """Servers that share segments below host memory have the same one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -144,6 +145,37 @@ def test_disk_survives_a_restart_and_refuses_what_is_damaged(
     [answer] = second.ask(MOVED)
     assert_recomputed(answer, engines)
     assert second.call(events)["fs.refused.checksum"] >= 2
+
+
+def test_who_has_another_key_finds_nothing_and_reads_nothing(
+    start: Callable[..., Engine], engines: Callable[..., Engine], tmp_path: Path
+) -> None:
+    connector = {"disk_path": str(tmp_path / "store"), "fetch_deadline_seconds": 20.0}
+    keys = []
+    for name in ("one", "two"):
+        path = tmp_path / name
+        path.write_bytes(os.urandom(32))
+        keys.append(connector | {"encryption_key_file": str(path)})
+    first = start(keys[0])
+    store_images(first)
+    [expected] = first.ask(MOVED)
+    first.close()
+    files = sorted((tmp_path / "store").iterdir())
+    assert files
+    for path in files:
+        assert b"float32" not in path.read_bytes()  # as headers say
+
+    for stranger in (keys[1], connector):
+        other = start(stranger)
+        [answer] = other.ask(MOVED)
+        assert_recomputed(answer, engines)
+        assert other.call(flush)
+        assert not any("refused" in name or "failed" in name for name in other.call(events))
+        other.close()
+
+    again = start(keys[0])
+    [answer] = again.ask(MOVED)
+    assert_reused(answer, expected, "fs")
 
 
 @needs_redis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -111,8 +112,9 @@ def place(tmp_path: Path) -> Iterator[Callable[..., Place]]:
             if spec["type"] == "valkey":
                 pytest.importorskip("glide_sync")
 
-            def open_engine(**options: Any) -> SegmentEngine:
-                engine = SegmentEngine(layout(**options), 64 * MIB, adapters_of(spec))
+            def open_engine(*, key_file: str | None = None, **options: Any) -> SegmentEngine:
+                adapters = adapters_of(spec, encryption_key_file=key_file)
+                engine = SegmentEngine(layout(**options), 64 * MIB, adapters)
                 stack.callback(engine.close)
                 return engine
 
@@ -160,7 +162,7 @@ def test_one_lookup_answers_for_many_segments(place: Callable[..., Place]) -> No
     ]
     engine.look_up(lookups)
     until = time.monotonic() + 10
-    answers = []
+    answers: list[Any] = []
     while not answers and time.monotonic() < until:
         answers = engine.take_looked_up()
     assert [answer.tiers for answer in answers] == [{"b": "valkey"}, {"d": "valkey"}, {}]
@@ -421,3 +423,97 @@ def test_what_comes_from_afar_is_kept_nearby(tmp_path: Path) -> None:
     assert len(list((tmp_path / "near").iterdir())) == len(list((tmp_path / "far").iterdir()))
     other.close()
     engine.close()
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Callable[[str], str]:
+    """Files of keys, by name."""
+
+    def make(name: str) -> str:
+        path = tmp_path / name
+        if not path.exists():
+            path.write_bytes(os.urandom(32))
+        return str(path)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encrypted_segments_are_read_back_with_their_key_only(
+    place: Callable[..., Place], kind: str, key_file: Callable[[str], str]
+) -> None:
+    below = place(kind)
+    writer = below.open(key_file=key_file("one"))
+    cases = [(SEGMENT, TOKENS), (SegmentId("rows", "encoder"), 5000), (SegmentId("1", "kv"), 1)]
+    plain = set()
+    for seed, (segment, num_tokens) in enumerate(cases):
+        assert put_random(writer, segment, num_tokens, seed)
+        with writer.get(segment) as found:  # type: ignore[union-attr]
+            parts = found.rows() if segment.kind == "encoder" else [found.pair(0)]
+            for part in parts:
+                plain.add(part.contiguous().view(torch.uint8).numpy().tobytes()[:64])
+    assert writer.flush(20)
+    values = b"".join(below.values().values())
+    assert len(values) > 700 * 7 * 2 * 2 * 16 * 2
+    assert not any(part in values for part in (*plain, SEGMENT.key.encode() + b"\xa4", b"bfloat16"))
+
+    reader = below.open(key_file=key_file("one"))
+    for seed, (segment, num_tokens) in enumerate(cases):
+        assert finds(reader, segment, num_tokens, seed)
+    for other in (key_file("two"), None):
+        stranger = below.open(key_file=other)
+        for segment, num_tokens in cases:
+            assert fetch(stranger, segment, num_tokens) in ("failed", "miss")
+            assert stranger.get(segment) is None
+        stranger.check_integrity()
+        assert stranger.bytes_used == 0
+    reader.check_integrity()
+
+
+@pytest.mark.parametrize("position", [0, 5, -1])  # of version, nonce, tag
+@pytest.mark.parametrize("kind", ["fs", "valkey"])
+def test_encrypted_objects_that_were_tampered_with_are_refused_and_stored_anew(
+    place: Callable[..., Place], kind: str, position: int, key_file: Callable[[str], str]
+) -> None:
+    below = place(kind)
+    engine = below.open(key_file=key_file("one"))
+    put_random(engine, SEGMENT, TOKENS, 1)
+    forget(engine)
+    values = below.values()
+    name = list(values)[-1]
+    value = bytearray(values[name])
+    value[position] ^= 1
+    below.replace(name, bytes(value))
+    assert fetch(engine, SEGMENT, TOKENS) == "failed"
+    assert events(engine)["load.failed"] == 1
+    assert engine.bytes_used == 0
+    put_random(engine, SEGMENT, TOKENS, 1)
+    forget(engine)
+    assert finds(engine, SEGMENT, TOKENS, 1)
+    # The others were there.
+    assert events(engine)["write.bytes"] == len(values[name])
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("kind", ["fs", "valkey"])
+def test_encrypted_objects_under_the_name_of_others_are_refused(
+    place: Callable[..., Place], kind: str, key_file: Callable[[str], str]
+) -> None:
+    below = place(kind)
+    engine = below.open(key_file=key_file("one"))
+    segments = [SegmentId("first", "kv"), SegmentId("other", "kv")]
+    values: list[dict[str, bytes]] = []
+    for seed, segment in enumerate(segments):
+        before = below.values()
+        put_random(engine, segment, TOKENS, seed)
+        forget(engine, segment)
+        values.append({k: v for k, v in below.values().items() if k not in before})
+    first, second = (list(of) for of in values)
+    for mine, others in zip(first, second, strict=True):
+        below.replace(mine, values[1][others])
+        below.replace(others, values[0][mine])
+    events(engine)
+    for segment in segments:
+        assert fetch(engine, segment, TOKENS) == "failed"
+        assert {name for name in events(engine) if "refused" in name} == {"refused.identity"}
+    engine.check_integrity()

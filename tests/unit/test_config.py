@@ -93,6 +93,7 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
     "l2_adapters": [(value, "valid list") for value in (None, "fs", {"type": "fs"}, True)],
     "lmcache_config_file": [(value, "valid string") for value in (0, True, ["lmcache.yaml"])],
     "redis_url": [(value, "valid string") for value in (6379, True, ["redis://a"])],
+    "encryption_key_file": [(value, "valid string") for value in (0, True, ["key"])],
     "redis_tls_ca_file": [(value, "valid string") for value in (0, True, ["ca.pem"])],
     "deployment": [
         *((value, "should match pattern") for value in ("", "a/b", "a b", "a*", "x" * 65)),
@@ -131,6 +132,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "l2_adapters": [[], [{"type": "fs", "base_path": "/x"}], [{"type": "tape"}, {}]],
     "lmcache_config_file": [None, "/etc/lmcache.yaml"],
     "redis_url": [None, "redis://127.0.0.1:6379"],
+    "encryption_key_file": [None, "/run/secrets/key"],
     "redis_tls_ca_file": [None, "/etc/ssl/ca.pem"],
     "deployment": ["default", "prod-2.eu_west"],
     "ttl_seconds": [1, 10**9],

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
     from lmcache.v1.distributed.l2_adapters.config import L2AdapterConfigBase
 
+    from vlcache_connector.storage.encrypted import EncryptionKey
     from vlcache_connector.storage.guarded import GuardedConfig
 
-_COMMON = {"type": str, "eviction": dict, "serde": dict, "shared": bool, "persist_enabled": bool}
+_COMMON = {"type": str, "eviction": dict, "shared": bool, "persist_enabled": bool}
 """Keys that adapters of all types have, and what their values are."""
 _KINDS = {str: "a string", dict: "an object", bool: "true or false"}
 _OURS = {
@@ -227,9 +228,10 @@ def _guarded(
     from vlcache_connector.storage.tier import Tier
 
     deadline = config.fetch_deadline_seconds
+    key = encryption_key(config)
     return [
         GuardedConfig(
-            _adapter_config(entry),
+            _encrypted(_adapter_config(entry), key),
             tier=Tier(
                 entry.type,
                 can_store=can_store,
@@ -243,6 +245,24 @@ def _guarded(
         )
         for entry in entries
     ]
+
+
+def encryption_key(config: VLCacheConfig) -> EncryptionKey | None:
+    """What objects below host memory are encrypted with; None: they are not.
+
+    Raises:
+        ConfigError: the file can't be read, or is too short.
+    """
+    from vlcache_connector.storage.encrypted import EncryptionKey
+
+    path = config.encryption_key_file
+    return None if path is None else EncryptionKey.read(path)
+
+
+def _encrypted(config: L2AdapterConfigBase, key: EncryptionKey | None) -> L2AdapterConfigBase:
+    from vlcache_connector.storage.encrypted import EncryptedConfig
+
+    return config if key is None else EncryptedConfig(config, key)
 
 
 def _adapter_config(entry: _Entry) -> L2AdapterConfigBase:
@@ -284,6 +304,11 @@ def _check_keys(entry: _Entry, config_class: type[L2AdapterConfigBase]) -> None:
         if key in secrets:
             other = "" if entry.type == "valkey" else "use type 'valkey', and "
             raise entry.refused(f": {key} has no place in a configuration; {other}{LOGIN_HINT}")
+        if key == "serde":
+            raise entry.refused(
+                ": serde is not supported; for encryption set encryption_key_file, which is for "
+                "all adapters"
+            )
         if key not in allowed:
             shown = "***" if _SECRET_NAME.search(key) else repr(value)
             raise entry.refused(

@@ -11,16 +11,15 @@ import torch
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.internal_api import L1MemoryDesc
 from lmcache.v1.distributed.l2_adapters.factory import create_l2_adapter_from_registry
-from lmcache.v1.memory_management import MemoryObjMetadata, TensorMemoryObj
 from lmcache.v1.platform import consume_fd
 from torch import Tensor
+
+from vlcache_connector.storage.memory import PAGE, aligned, memory_object
 
 if TYPE_CHECKING:
     from lmcache.v1.distributed.l2_adapters.config import L2AdapterConfigBase
 
 Answer = TypeVar("Answer")
-
-_ALIGN = 4096
 
 
 class BlockingAdapter:
@@ -41,17 +40,17 @@ class BlockingAdapter:
             num_bytes: of memory.
             seconds: longest that a call may take.
         """
-        memory = torch.zeros(num_bytes + _ALIGN, dtype=torch.uint8)
-        start = -memory.data_ptr() % _ALIGN
-        self.memory = memory[start : start + num_bytes]
+        self.memory = aligned(num_bytes)
         self._seconds = seconds
-        description = L1MemoryDesc(self.memory.data_ptr(), num_bytes, _ALIGN)
+        description = L1MemoryDesc(self.memory.data_ptr(), num_bytes, PAGE)
         self._adapter = create_l2_adapter_from_registry(config, description)
 
     def store(self, objects: Mapping[ObjectKey, Tensor]) -> bool:
         """Whether all of the objects, views of `memory`, are stored now."""
         adapter = self._adapter
-        task = adapter.submit_store_task(list(objects), [_of(view) for view in objects.values()])
+        task = adapter.submit_store_task(
+            list(objects), [memory_object(view) for view in objects.values()]
+        )
         answers: dict[int, Any] = {}
 
         def answer() -> Any:
@@ -76,7 +75,9 @@ class BlockingAdapter:
     def load(self, objects: Mapping[ObjectKey, Tensor]) -> bool:
         """Read objects into views of `memory`; whether all of them came."""
         adapter = self._adapter
-        task = adapter.submit_load_task(list(objects), [_of(view) for view in objects.values()])
+        task = adapter.submit_load_task(
+            list(objects), [memory_object(view) for view in objects.values()]
+        )
         loaded = self._wait(
             adapter.get_load_event_fd(), lambda: adapter.query_load_result(task)
         ).get_indices_list()
@@ -105,11 +106,3 @@ class BlockingAdapter:
             if select.select([fd], [], [], left)[0]:
                 consume_fd(fd)
         return found
-
-
-def _of(view: Tensor) -> TensorMemoryObj:
-    shape = torch.Size([view.numel()])
-    metadata = MemoryObjMetadata(
-        shape, torch.uint8, 0, view.numel(), 1, shapes=[shape], dtypes=[torch.uint8]
-    )
-    return TensorMemoryObj(view, metadata, None)

@@ -31,7 +31,6 @@ from lmcache.v1.distributed.internal_api import L2AdapterListener
 from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.distributed.l2_adapters.config import (
     L2AdapterConfigBase,
-    get_type_name_for_config,
     register_l2_adapter_type,
 )
 from lmcache.v1.distributed.l2_adapters.factory import (
@@ -100,7 +99,6 @@ class GuardedConfig(L2AdapterConfigBase):
         self.max_store_bytes = max_store_bytes
         self.start_seconds = start_seconds
         self.eviction_config = inner.eviction_config
-        self.serde_config = inner.serde_config
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> GuardedConfig:
@@ -191,7 +189,7 @@ class GuardedAdapter(AnsweringAdapter):
         self._notify_keys_deleted(keys, sizes)
 
     def set_backend_identity(self, name: str, shared: bool = False) -> None:
-        super().set_backend_identity(get_type_name_for_config(self._config.inner_config), shared)
+        super().set_backend_identity(self._tier.name, shared)
 
     def report_status(self) -> dict[str, Any]:
         with self._lock:
@@ -378,8 +376,6 @@ class GuardedAdapter(AnsweringAdapter):
                 self._rebuild("a store failed")
 
     def _is_good(self, task: Task, index: int) -> bool:
-        if self._config.serde_config is not None:
-            return True  # encoded: an encoding that is damaged does not decode
         memory = torch.frombuffer(task.objects[index].byte_array, dtype=torch.uint8)
         try:
             check_object(task.keys[index], memory)

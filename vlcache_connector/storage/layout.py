@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _KINDS: tuple[Kind, ...] = ("kv", "encoder")
 _MAX_GROUPS = 1 << 16
-_LARGEST_OBJECT = 256 << 20
+LARGEST_OBJECT = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Space:
             num_tokens=form.num_tokens,
         )
         headers = grouping(template, form.num_units, self.max_object_bytes)
-        if codec.encoded_size(headers[0]) > _LARGEST_OBJECT or len(headers) > _MAX_GROUPS:
+        if codec.encoded_size(headers[0]) > LARGEST_OBJECT or len(headers) > _MAX_GROUPS:
             raise ValueError(f"a segment of {form.num_tokens} tokens is too large to be stored")
         return headers
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from ..identity import check_identity, model_fingerprint
+from ..identity import check_identity, digest, model_fingerprint
 from ..protocol import Found, Loaded, LoadPlan, LookupPlan, NoAnswer, TierState
-from ..storage.adapters import open_adapters, require_adapters
+from ..storage.adapters import encryption_key, open_adapters, require_adapters
 from ..storage.engine import Lookup, SegmentEngine
 from ..storage.header import SegmentId
 from ..storage.layout import SegmentLayout, Space
@@ -212,7 +212,7 @@ def _skipped(was_skipped: bool) -> NoAnswer | None:
 def segment_layout(vllm_config: VllmConfig, rank: int) -> SegmentLayout:
     """How a rank's segments become objects."""
     config, shape, model = config_of(vllm_config), kv_shape(vllm_config), vllm_config.model_config
-    namespace = Namespace(config.deployment, model_fingerprint(vllm_config))
+    namespace = Namespace(config.deployment, _stored_as(vllm_config))
     return SegmentLayout(
         Space(str(namespace), rank, vllm_config.parallel_config.tensor_parallel_size),
         num_layers=shape.num_layers,
@@ -225,6 +225,13 @@ def segment_layout(vllm_config: VllmConfig, rank: int) -> SegmentLayout:
     )
 
 
+def _stored_as(vllm_config: VllmConfig) -> str:
+    """Fingerprint of a model as it stands in names of objects: who has another encryption key never
+    meets what can't be decrypted, and stores its own beside it."""
+    fingerprint, key = model_fingerprint(vllm_config), encryption_key(config_of(vllm_config))
+    return fingerprint if key is None else digest({"model": fingerprint, "key": key.id})
+
+
 def open_storage(vllm_config: VllmConfig) -> Storage:
     """The tiers that a configuration asks for, of this worker's rank.
 
@@ -235,7 +242,7 @@ def open_storage(vllm_config: VllmConfig) -> Storage:
     from ..storage.disk import Janitor, check_directory
 
     check_identity(vllm_config, is_loaded=True)
-    logger.info("VLCache: segments are stored as of model %s", model_fingerprint(vllm_config))
+    logger.info("VLCache: segments are stored as of model %s", _stored_as(vllm_config))
     config, shape = config_of(vllm_config), kv_shape(vllm_config)
     device = torch.device(current_platform.device_type)
     rank, stores = own_rank(), can_store(vllm_config)

@@ -13,7 +13,7 @@ import pytest
 
 from vlcache_connector.config import ADAPTER_TYPES, ConfigError, VLCacheConfig
 from vlcache_connector.storage import adapters
-from vlcache_connector.storage.adapters import configured, open_adapters
+from vlcache_connector.storage.adapters import configured, encryption_key, open_adapters
 
 SECRET = "S3CRET"
 FS = {"type": "fs", "base_path": "/x"}
@@ -110,14 +110,40 @@ def test_objects_expire_unless_lmcache_evicts_them() -> None:
 
 def test_common_keys_reach_lmcache() -> None:
     eviction = {"eviction_policy": "LRU", "trigger_watermark": 0.5}
-    serde = {"type": "aesgcm", "aes_bits": 256}
     for spec in (FS, VALKEY):
-        common = {"eviction": eviction, "serde": serde, "shared": True, "persist_enabled": False}
+        common = {"eviction": eviction, "shared": True, "persist_enabled": False}
         config = inner(l2_adapters=[spec | common])
         assert config.eviction_config.trigger_watermark == 0.5
-        assert config.serde_config.kwargs == {"aes_bits": 256}
         assert config.shared
         assert not config.persist_config.persist_enabled
+
+
+def test_what_is_no_key_is_refused_in_one_line(tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    short.write_bytes(SECRET.encode())
+    for path, says in (
+        (tmp_path / "none", "No such file or directory; name a readable file"),
+        (tmp_path, "Is a directory; name a readable file"),
+        (
+            short,
+            f"the file has {len(SECRET)} bytes, at least 32 random ones are needed; make one: "
+            "head -c 32 /dev/urandom > FILE",
+        ),
+    ):
+        config = VLCacheConfig(disk_path="/x", encryption_key_file=str(path))
+        with pytest.raises(ConfigError) as raised:
+            open_adapters(config, can_store=True)
+        where = f"kv_connector_extra_config: encryption_key_file={str(path)!r}: "
+        assert str(raised.value) == where + says
+
+
+def test_a_key_is_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(SECRET.encode() * 8)
+    key = encryption_key(VLCacheConfig(encryption_key_file=str(path)))
+    assert key is not None
+    assert SECRET not in repr(key)
+    assert len(key.id) == 64
 
 
 def test_half_of_the_deadline_is_for_looking() -> None:
@@ -141,7 +167,7 @@ def test_half_of_the_deadline_is_for_looking() -> None:
         (FS | {"eviction": "LRU"}, ": eviction='LRU' is refused: an object is needed"),
         (FS | {"eviction": {"eviction_policy": "x"}}, "eviction_policy must be 'LRU', "),
         (FS | {"shared": "no"}, ": shared='no' is refused: true or false is needed"),
-        (FS | {"serde": {}}, ": serde={}: 'serde' dict must include a 'type' field"),
+        (FS | {"serde": {"type": "fp8"}}, ": serde is not supported; for encryption set enc"),
         ({"type": "resp", "host": "a", "port": "b"}, ": port='b': port must be a positive integer"),
         (
             {"type": "resp", "host": "a", "port": 1, "password": SECRET},

@@ -192,7 +192,7 @@ def test_out_of_room_leaves_nothing_and_evicts_nothing(make: MakeEngine) -> None
 def test_a_segment_that_no_object_can_hold_is_not_stored(
     make: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlcache_connector.storage.layout._LARGEST_OBJECT", 10_000)
+    monkeypatch.setattr("vlcache_connector.storage.layout.LARGEST_OBJECT", 10_000)
     engine = make()
     assert put(engine, "image", 100) == 0
     assert engine.bytes_used == 0
