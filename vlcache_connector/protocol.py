@@ -106,6 +106,10 @@ class Item:
     """Content key of its encoder rows (`keys.encoder_key`)."""
     embeds: tuple[Span, ...] | None = None
     """Offsets of the placeholder tokens that take encoder rows, in order; None: all of them do."""
+    identifier: str = ""
+    """What vLLM calls its content (`MultiModalFeatureSpec.identifier`)."""
+    salt: str | None = None
+    """The request's `cache_salt`."""
 
     @property
     def num_embeds(self) -> int:

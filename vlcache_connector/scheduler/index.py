@@ -62,6 +62,8 @@ class ResidencyIndex:
         self._events: Counter[IndexEvent] = Counter()
         self.on_forgotten: Callable[[str], None] | None = None
         """Called with every key that is no longer known."""
+        self.on_ready: Callable[[str], None] | None = None
+        """Called with every key that all ranks hold from now on."""
 
     def __contains__(self, key: str) -> bool:
         """Whether `key` is reserved or ready."""
@@ -146,6 +148,8 @@ class ResidencyIndex:
         entry.ranks_missing = max(0, entry.ranks_missing - ranks)
         if entry.ranks_missing == 0 and not was_ready:
             self._events["stored"] += 1
+            if self.on_ready is not None:
+                self.on_ready(key)
 
     def lost(self, key: str) -> None:
         """A rank could not store or load `key`; the others are told to drop it."""

@@ -37,6 +37,7 @@ from .canonical import CanonicalDonors
 from .captures import CapturePlanner
 from .donors import Donors
 from .encoder import EncoderRows
+from .events import SegmentEvents
 from .fence import PrefixFences, self_test
 from .index import ResidencyIndex
 from .options import OptionsPolicy
@@ -47,6 +48,7 @@ from .statistics import Statistics
 
 if TYPE_CHECKING:
     from vllm.config.scheduler import SchedulerConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -75,6 +77,7 @@ class SchedulerSide:
         can_store: whether new segments may be stored (`kv_role` is a producer).
         can_reuse: whether stored segments may be reused (`kv_role` is a consumer).
         num_ranks: tensor-parallel ranks.
+        announces: vLLM publishes KV events.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class SchedulerSide:
         can_store: bool,
         can_reuse: bool,
         num_ranks: int,
+        announces: bool = False,
     ) -> None:
         self._config = config
         self._shape = shape
@@ -101,7 +105,10 @@ class SchedulerSide:
         self._segments = segments
         self._encoder_rows = encoder_rows
         self._can_reuse = can_reuse
-        self._donors = Donors(segments, allowed=allowed, max_variants=config.donor_variants)
+        self._events = SegmentEvents() if announces else None
+        self._donors = Donors(
+            segments, allowed=allowed, max_variants=config.donor_variants, events=self._events
+        )
         self._is_gated = not allowed
         self._staging: Staging | None = None
         if config.tier_keys and can_reuse and allowed:
@@ -460,6 +467,7 @@ class SchedulerSide:
 
     def build_step_plan(self, output: SchedulerOutput) -> StepPlan:
         """Everything the workers do in this step."""
+        self._look_at_events()
         self._give_pixels_back(output)
         cancelled, self._cancelled = self._cancelled, []
         for req_id in output.preempted_req_ids or ():
@@ -517,8 +525,20 @@ class SchedulerSide:
             if tracked is not None:
                 new.mm_features = tracked.request.mm_features
 
+    def _look_at_events(self) -> None:
+        """See to what vLLM is about to publish."""
+        if self._events is not None:
+            assert self._kv_cache_manager is not None
+            if self._fences.silence(self._kv_cache_manager.block_pool):
+                self._events.repeat()
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """Which segments have come and gone, if somebody may have subscribed to that."""
+        return [] if self._events is None else self._events.take()
+
     def update_from_report(self, report: StepReport) -> None:
         """Take in what the workers stored, lost and measured."""
+        self._look_at_events()
         report.settle()
         if self._staging is not None:
             self._staging.update(report.found, report.loaded)
