@@ -32,7 +32,7 @@ class Router:
     """Subscribes to an engine's events."""
 
     def __init__(self, address: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket: Any = zmq.Context.instance().socket(zmq.SUB)
         self._socket.bind(address)  # an engine binds to all interfaces, or connects
         self._socket.subscribe(b"")
         self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
@@ -106,10 +106,12 @@ def identifiers(llm: Any, ask: Ask) -> list[str]:
     seen: list[str] = []
     core = llm.llm_engine.engine_core.engine_core.scheduler
     add = core.add_request
-    core.add_request = lambda request: (
-        seen.extend(feature.identifier for feature in request.mm_features),
-        add(request),
-    )
+
+    def note(request: Any) -> None:
+        seen.extend(feature.identifier for feature in request.mm_features)
+        add(request)
+
+    core.add_request = note
     try:
         prompt, params = request_of(ask)
         llm.generate([prompt], [params], use_tqdm=False)
@@ -151,7 +153,9 @@ def test_segments_are_announced_while_they_are_here(
     assert removed == []
     assert (stored.token_ids, stored.block_size, stored.parent_block_hash) == ([], 0, None)
     assert stored.extra_keys is not None
-    [[pair, salt]] = stored.extra_keys
+    [extra] = stored.extra_keys
+    assert extra is not None
+    pair, salt = extra
     assert (list(pair), salt) == ([identifier, 0], "tenant")
 
     # Known already; another tenant's is a segment of its own.
