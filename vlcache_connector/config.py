@@ -118,6 +118,10 @@ class VLCacheConfig(BaseModel):
     fetch_deadline_seconds: float = Field(default=1.0, gt=0.0)
     """Longest that a request waits for segments from below host memory."""
 
+    salt_quota_bytes: Bytes | None = Field(default=None, gt=0)
+    """Most bytes of one `cache_salt` that this server keeps in each tier below host memory, of what
+    it has stored since it started; None: as many as there is room for."""
+
     require_tiers: bool = False
     """Don't start while a tier below host memory can't be used; with `false` it is tried again."""
 

@@ -16,6 +16,7 @@ import torch
 from local_redis import LocalRedis, find_server, find_valkey, free_port
 
 from tests.helpers.stored import MIB, adapters_of, fetch, holds_random, make_layout, put_random
+from vlcache_connector.keys import encoder_key, segment_key, variant_key
 from vlcache_connector.storage.engine import Loaded, Lookup, SegmentEngine
 from vlcache_connector.storage.header import SegmentId
 from vlcache_connector.storage.layout import SegmentLayout
@@ -58,6 +59,14 @@ class Place:
     open: Callable[..., SegmentEngine]
     server: LocalRedis | None = None
     folder: Path | None = None
+
+    def names(self) -> list[str]:
+        """Of what it holds."""
+        if self.folder is not None:
+            return sorted(path.name for path in self.folder.iterdir())
+        assert self.server is not None
+        client: Any = self.server.client
+        return [key.decode() for key in sorted(client.keys())]
 
     def values(self) -> dict[str, bytes]:
         """What it holds, by name."""
@@ -112,9 +121,13 @@ def place(tmp_path: Path) -> Iterator[Callable[..., Place]]:
             if spec["type"] == "valkey":
                 pytest.importorskip("glide_sync")
 
-            def open_engine(*, key_file: str | None = None, **options: Any) -> SegmentEngine:
-                adapters = adapters_of(spec, encryption_key_file=key_file)
-                engine = SegmentEngine(layout(**options), 64 * MIB, adapters)
+            def open_engine(
+                *, key_file: str | None = None, quota: int | None = None, **options: Any
+            ) -> SegmentEngine:
+                adapters = adapters_of(spec, encryption_key_file=key_file, salt_quota_bytes=quota)
+                engine = SegmentEngine(
+                    layout(**options), 64 * MIB, adapters, salt_quota_bytes=quota
+                )
                 stack.callback(engine.close)
                 return engine
 
@@ -517,3 +530,54 @@ def test_encrypted_objects_under_the_name_of_others_are_refused(
         assert fetch(engine, segment, TOKENS) == "failed"
         assert {name for name in events(engine) if "refused" in name} == {"refused.identity"}
     engine.check_integrity()
+
+
+def key_of(identifier: str, salt: str | None) -> str:
+    return segment_key(identifier, fingerprint="f", donor="d", salt=salt)
+
+
+@pytest.mark.parametrize("kind", ["fs", "valkey"])
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_salt_over_its_quota_loses_what_is_its_own(
+    place: Callable[..., Place], kind: str, encrypted: bool, key_file: Callable[[str], str]
+) -> None:
+    below = place(kind)
+    engine = below.open(quota=4 * MIB, key_file=key_file("one") if encrypted else None)
+    modest = [SegmentId(variant_key(key_of(str(n), "modest"), "0"), "kv") for n in range(4)]
+    unsalted = [SegmentId(key_of(str(n), None), "kv") for n in range(4)]
+    unsalted += [SegmentId(encoder_key(str(n), fingerprint="f"), "encoder") for n in range(60)]
+    greedy = [SegmentId(variant_key(key_of(str(n), "greedy"), "0"), "kv") for n in range(24)]
+    for seed, segment in enumerate([*modest, *unsalted, *greedy]):
+        assert put_random(engine, segment, TOKENS, seed)
+    assert engine.flush(30)
+
+    def held(segments: list[SegmentId]) -> list[SegmentId]:
+        names = below.names()
+        objects = {segment: engine._layout.expected(segment, TOKENS) for segment in segments}
+        return [
+            segment
+            for segment, expected in objects.items()
+            if expected is not None
+            and all(
+                any(f"@{key.object_group_id:x}@{key.chunk_hash.hex()}" in name for name in names)
+                for key in expected.keys
+            )
+        ]
+
+    until = time.monotonic() + 20
+    while len(held(greedy)) > 6 and time.monotonic() < until:  # 650 KB each
+        time.sleep(0.2)
+    time.sleep(2.5)  # nor is more evicted than has to be
+    left = held(greedy)
+    assert 2 <= len(left) <= 6
+    assert left == greedy[-len(left) :]
+    assert (held(modest), held(unsalted)) == (modest, unsalted)
+
+    # The rest can be read, here and by others.
+    for reader in (engine, below.open(key_file=key_file("one") if encrypted else None)):
+        for segment in [*modest, *unsalted[:5], *left]:
+            reader.remove(segment)
+            seed = [*modest, *unsalted, *greedy].index(segment)
+            assert finds(reader, segment, TOKENS, seed)
+        assert fetch(reader, greedy[0], TOKENS) == "miss"
+        reader.check_integrity()

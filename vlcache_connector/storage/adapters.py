@@ -42,6 +42,7 @@ _PACKAGES = {
     "mooncake": ("mooncake", "mooncake-transfer-engine-non-cuda"),
     "valkey": ("glide_sync", "valkey-glide-sync"),
 }
+_BY_SALT = {"eviction_policy": "IsolatedLRU", "trigger_watermark": 1.0, "eviction_ratio": 0.25}
 _LMCACHE = "lmcache.v1.distributed.l2_adapters"
 _NEVER_RECONNECTS = ("resp",)
 _REDIS = ("valkey", "resp")
@@ -218,6 +219,18 @@ def _with_expiry(entry: _Entry, seconds: int) -> _Entry:
     return _Entry(entry.name, {"ttl_seconds": seconds, **entry.spec}, entry.names)
 
 
+def _with_quota(entry: _Entry, config: VLCacheConfig) -> _Entry:
+    """LMCache evicts by salt, where it is to."""
+    if config.salt_quota_bytes is None:
+        return entry
+    if "eviction" in entry.spec:
+        raise entry.refused(
+            f": eviction={entry.spec['eviction']!r} and salt_quota_bytes={config.salt_quota_bytes} "
+            "exclude each other; leave out one of them"
+        )
+    return _Entry(entry.name, {**entry.spec, "eviction": _BY_SALT}, entry.names)
+
+
 # -- LMCache's configurations -------------------------------------------------------------------
 
 
@@ -231,7 +244,7 @@ def _guarded(
     key = encryption_key(config)
     return [
         GuardedConfig(
-            _encrypted(_adapter_config(entry), key),
+            _encrypted(_adapter_config(_with_quota(entry, config)), key),
             tier=Tier(
                 entry.type,
                 can_store=can_store,

@@ -50,6 +50,7 @@ _LOCK_SECONDS = 24 * 3600
 _WRITE_TAG = "storage_manager"
 """Under which `StorageManager.reserve_write` writes."""
 _MAX_LOADS = 8
+_NO_QUOTA = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,8 @@ class SegmentEngine:
         num_bytes: of host memory, which is allocated at once.
         adapters: below host memory, the nearest first.
         side: a stream for copies from the device; None copies before `put_encoder` returns.
+        salt_quota_bytes: of one salt in each adapter whose configuration has LMCache evict by
+            salt; None: none has.
 
     Raises:
         ValueError: `num_bytes` is no positive number.
@@ -212,6 +215,7 @@ class SegmentEngine:
         adapters: Sequence[GuardedConfig] = (),
         *,
         side: Side | None = None,
+        salt_quota_bytes: int | None = None,
     ) -> None:
         if type(num_bytes) is not int or num_bytes <= 0:
             raise ValueError(f"cpu_bytes must be a positive number of bytes, got {num_bytes!r}")
@@ -240,6 +244,9 @@ class SegmentEngine:
         """Removed while they were being loaded."""
         self._tiers = [adapter.tier for adapter in adapters]
         self._manager: StorageManager | None = _start(num_bytes, adapters)
+        self._salt_quota_bytes = salt_quota_bytes
+        self._salts: set[str] = set()
+        """Those that LMCache has a quota of."""
 
     @property
     def _lmcache(self) -> StorageManager:
@@ -304,6 +311,7 @@ class SegmentEngine:
         if objects is None:
             return None
         segment = objects.id
+        self._set_quota(objects)
         self.remove(segment)
         self._purge()
         if segment in self._leaving or segment in self._writing or segment in self._loading:
@@ -321,6 +329,15 @@ class SegmentEngine:
         writing = _Writing(objects, [reserved[key].tensor for key in objects.keys])
         self._writing[segment] = writing
         return writing
+
+    def _set_quota(self, objects: SegmentObjects) -> None:
+        """Before anything of its salt may be stored: LMCache evicts what has no quota."""
+        salt = objects.keys[0].cache_salt
+        if self._salt_quota_bytes is not None and salt not in self._salts:
+            self._salts.add(salt)
+            # What has no salt is everybody's.
+            quota = self._salt_quota_bytes if salt else _NO_QUOTA
+            self._lmcache.quota_manager.set_quota(salt, quota)
 
     def _abandon(self, keys: Sequence[ObjectKey]) -> None:
         # StorageManager itself knows no way to give a reservation back.
@@ -543,6 +560,7 @@ class SegmentEngine:
         if objects is None:
             self._given_up.append(segment)
         else:
+            self._set_quota(objects)  # what comes from afar is stored nearby
             heapq.heappush(self._wanted, _Wanted(deadline, next(self._order), objects))
 
     def take_loaded(self) -> list[Loaded]:

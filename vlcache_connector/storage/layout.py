@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vlcache_connector.keys import salt_of
 from vlcache_connector.storage import codec
 from vlcache_connector.storage.codec import Kind, ObjectHeader, RefusedObject, SegmentId
 from vlcache_connector.storage.grouping import grouping
@@ -184,7 +185,7 @@ class SegmentLayout:
         """Key of the object of a segment that is written last."""
         space = self._space_of(segment.kind)
         count = _num_objects(space, self._form(segment.kind, num_tokens))
-        return space.object_keys(segment, count, "")[-1]
+        return space.object_keys(segment, count, salt_of(segment.key))[-1]
 
     def _objects(self, segment: SegmentId, form: Form, positions: bytes) -> SegmentObjects | None:
         space = self._space_of(segment.kind)
@@ -192,7 +193,7 @@ class SegmentLayout:
             headers = space.headers(segment, form, positions)
         except ValueError:
             return None
-        keys = space.object_keys(segment, len(headers), "")
+        keys = space.object_keys(segment, len(headers), salt_of(segment.key))
         return SegmentObjects(segment, headers, keys, list(map(codec.encoded_size, headers)))
 
     def _space_of(self, kind: Kind) -> Space:

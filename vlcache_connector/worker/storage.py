@@ -249,11 +249,18 @@ def open_storage(vllm_config: VllmConfig) -> Storage:
     if config.disk_path is not None:
         check_directory(config.disk_path, can_store=stores)
     adapters = open_adapters(config, can_store=stores)
-    budget = host_memory(config, vllm_config.parallel_config.tensor_parallel_size)
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    budget, quota = host_memory(config, num_ranks), config.salt_quota_bytes
     side = make_side(device)
     with taking_turns():
         check_memory(config, budget, device)
-        engine = SegmentEngine(segment_layout(vllm_config, rank), budget, adapters, side=side)
+        engine = SegmentEngine(
+            segment_layout(vllm_config, rank),
+            budget,
+            adapters,
+            side=side,
+            salt_quota_bytes=None if quota is None else quota // num_ranks,
+        )
     try:
         require_adapters(config, [tier.adapter for tier in engine.tiers])
     except BaseException:

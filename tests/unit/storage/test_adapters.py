@@ -118,6 +118,17 @@ def test_common_keys_reach_lmcache() -> None:
         assert not config.persist_config.persist_enabled
 
 
+def test_who_has_quotas_of_salts_says_no_more_of_eviction() -> None:
+    spec = FS | {"eviction": {"eviction_policy": "LRU"}}
+    says = refusal(l2_adapters=[spec], salt_quota_bytes=7)
+    assert says == (
+        "l2_adapters[0]: eviction={'eviction_policy': 'LRU'} and salt_quota_bytes=7 exclude each "
+        "other; leave out one of them"
+    )
+    config = inner(l2_adapters=[FS], salt_quota_bytes=7)
+    assert config.eviction_config.eviction_policy == "IsolatedLRU"
+
+
 def test_what_is_no_key_is_refused_in_one_line(tmp_path: Path) -> None:
     short = tmp_path / "short"
     short.write_bytes(SECRET.encode())
