@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.helpers.engine import IMAGE, Answer, Ask, Engine
 from tests.helpers.mooncake import Master, find_master
 from tests.helpers.quick_start import KV_BLOCKS
 from vlcache_connector.storage.header import SegmentId
+from vlcache_connector.storage.names import read_file_name
 
 A, B = (171, 224), (172, 336, 224)
 DONOR = Ask(f"see {IMAGE} and {IMAGE}", (A, B))
@@ -145,6 +148,52 @@ def test_disk_survives_a_restart_and_refuses_what_is_damaged(
     [answer] = second.ask(MOVED)
     assert_recomputed(answer, engines)
     assert second.call(events)["fs.refused.checksum"] >= 2
+
+
+def test_a_tenant_over_its_quota_loses_its_own_segments_and_no_others(
+    start: Callable[..., Engine], tmp_path: Path
+) -> None:
+    connector = {
+        "disk_path": str(tmp_path),
+        "fetch_deadline_seconds": 20.0,
+        "salt_quota_bytes": "3MiB",
+    }
+
+    def held(kind: str) -> Counter[str]:
+        """Bytes on disk by salt, as names of objects say it."""
+        found: Counter[str] = Counter()
+        for path in tmp_path.iterdir():
+            stored = read_file_name(path.name)
+            if stored is not None and stored[0].segment.kind == kind:
+                with contextlib.suppress(FileNotFoundError):
+                    found[stored[0].segment.salt] += path.stat().st_size
+        return found
+
+    engine = start(connector)
+    for salt in ("modest", None):
+        engine.ask(Ask(DONOR.text, DONOR.images, cache_salt=salt))
+    assert engine.call(flush)
+    before = held("kv")
+    modest, num_bytes = next((salt, size) for salt, size in before.items() if salt)
+    assert set(before) == {"", modest}
+    assert num_bytes == before[""]
+    assert set(held("encoder")) == {""}
+    rows = held("encoder")[""]
+    for seed in range(4):
+        engine.ask(Ask(DONOR.text, ((300 + seed, 336), (400 + seed, 336)), cache_salt="greedy"))
+    assert engine.call(flush)
+    until = time.monotonic() + 20
+    while max(held("kv").values()) > 3 << 20 and time.monotonic() < until:
+        time.sleep(0.2)
+    after = held("kv")
+    [greedy] = set(after) - set(before)
+    assert 0 < after[greedy] <= 3 << 20
+    assert (after[modest], after[""]) == (before[modest], before[""])
+    assert held("encoder")[""] > rows
+    engine.call(forget)
+    [answer] = engine.ask(Ask(MOVED.text, MOVED.images, max_tokens=4, cache_salt="modest"))
+    assert answer.figures is not None
+    assert (answer.figures["tier"], answer.figures["reused_tokens"] > 0) == ("fs", True)
 
 
 def test_who_has_another_key_finds_nothing_and_reads_nothing(
