@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from local_mooncake import Master, find_master
 from local_redis import LocalRedis, find_server
 
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine
-from tests.helpers.mooncake import Master, find_master
 from tests.helpers.quick_start import KV_BLOCKS
 from vlcache_connector.storage.header import SegmentId
 from vlcache_connector.storage.names import read_file_name
