@@ -57,11 +57,11 @@ def test_counters_add_up_observations_are_kept_and_the_last_value_of_a_gauge_cou
 
 def test_the_log_line_sums_up() -> None:
     assert some_stats().aggregate(some_stats(3)).reduce() == {
-        "lookups_total{disk,hit}": 8,
+        "lookups_total{fs,hit}": 8,
         "lookups_total{none,miss}": 2,
         "recomputed_tokens_total": 32,
-        "ttft_part_seconds{load,disk}_count": 2,
-        "ttft_part_seconds{load,disk}_mean": 0.5,
+        "ttft_part_seconds{load,fs}_count": 2,
+        "ttft_part_seconds{load,fs}_mean": 0.5,
         "stored_bytes{kv}": 3000,
     }
 
