@@ -3,11 +3,11 @@
 
 KV, encoder rows and prompt have the sizes of Qwen2.5-VL-7B (28 layers, 4 KV heads of 128,
 bfloat16, rows of 3584, blocks of 16 tokens); the model computes nothing. The scheduler side, the
-worker side, their store and vLLM's KV cache manager are the real ones, called in vLLM's order: a
-request arrives, claims what is known of its images, is allocated, crosses to the worker, is filled,
-reported and ends. Every request shows the same images behind other text. A part's time is what is
-spent in it and in no other part. Moving KV itself into the paged cache, which copy engine and
-kernel do on a GPU, is shown apart.
+worker side, their host memory and vLLM's KV cache manager are the real ones, called in vLLM's
+order: a request arrives, claims what is known of its images, is allocated, crosses to the worker,
+is filled, reported and ends. Every request shows the same images behind other text. A part's time
+is what is spent in it and in no other part. Moving KV itself into the paged cache, which copy
+engine and kernel do on a GPU, is shown apart.
 
 With `--against CHECKOUT`, requests run in turn with the package in another checkout, e.g. one that
 `git worktree add` made of an older commit. Results go to PREFIX.json and PREFIX.md.
@@ -315,7 +315,8 @@ class Host:
         from vlcache_connector.scheduler.encoder import EncoderRows
         from vlcache_connector.scheduler.index import ResidencyIndex
         from vlcache_connector.scheduler.scheduler import SchedulerSide
-        from vlcache_connector.store import LMCacheSegmentStore
+        from vlcache_connector.storage.engine import SegmentEngine
+        from vlcache_connector.storage.layout import SegmentLayout, Space
         from vlcache_connector.support import KVShape
         from vlcache_connector.worker.encoder import EncoderRows as StoredRows
         from vlcache_connector.worker.model import SparsePrefillModel
@@ -357,19 +358,18 @@ class Host:
         shape = KVShape(layers, KV_HEADS, HEAD_DIM, torch.bfloat16, BLOCK)
         row_bytes = WIDTH * 2
         budget = max_tokens * (shape.bytes_per_token + row_bytes) * 5 // 4
-        self._store = LMCacheSegmentStore(
-            model_name="bench",
-            fingerprint="bench",
-            rank=0,
-            world_size=1,
-            budget_bytes=budget,
+        layout = SegmentLayout(
+            Space("bench", rank=0, num_ranks=1),
             num_layers=layers,
             num_kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
             kv_dtype=torch.bfloat16,
-            verify=False,
+            positions_rows=3,
+            encoder_width=WIDTH,
+            encoder_dtype=torch.bfloat16,
         )
-        storage = Storage(self._store, layers)
+        self._engine = SegmentEngine(layout, budget)
+        storage = Storage(self._engine, layers)
         device = torch.device("cpu")
         self._worker = WorkerSide(
             SparsePrefillModel(model, config, names, device),
@@ -422,7 +422,7 @@ class Host:
     def close(self) -> None:
         """Give all memory back."""
         self._worker.close()
-        self._store.close()
+        self._engine.close()
 
     def request(self, prompt: Prompt) -> Request:
         """The prompt's images behind and between text that no other request has."""
@@ -455,11 +455,11 @@ class Host:
         import torch
 
         from vlcache_connector.scheduler.requests import TrackedRequest
-        from vlcache_connector.store import SegmentId
+        from vlcache_connector.storage.header import SegmentId
 
         self._segments.clear()
         self._rows.index.clear()
-        self._store.clear()
+        self._engine.clear()
         request = self.request(prompt)
         scheduler = self._scheduler
         tracked = TrackedRequest.of(request, scheduler._config, "bench", scheduler._options.read)
@@ -470,17 +470,17 @@ class Host:
             key = scheduler._donors.reserve(item, len(item.span) * scheduler._shape.bytes_per_token)
             if key is None:
                 raise RuntimeError(f"{prompt.name}: no room for an image's KV")
-            writer = self._store.open_kv(key, positions[:, item.span.start : item.span.end])
+            writer = self._engine.open_kv(key, positions[:, item.span.start : item.span.end])
             rows = torch.ones(item.num_embeds, WIDTH, dtype=torch.bfloat16)
-            if writer is None or not self._store.put_encoder(item.encoder_key, rows):
-                raise RuntimeError(f"{prompt.name}: no room in the store")
+            if writer is None or not self._engine.put_encoder(item.encoder_key, rows):
+                raise RuntimeError(f"{prompt.name}: no room in host memory")
             for layer in range(scheduler._shape.num_layers):
                 writer.layer(layer).fill_(0.5)
             writer.finish()
             self._segments.stored(key, 1)
             self._rows.index.reserve(item.encoder_key, rows.nbytes)
             self._rows.index.stored(item.encoder_key, 1)
-            assert self._store.contains(SegmentId(key, "kv"))
+            assert self._engine.contains(SegmentId(key, "kv"))
 
     def serve(self, request: Request) -> dict[str, Any]:
         """Take a request through; the figures that its client gets.

@@ -1,21 +1,24 @@
 #!/usr/bin/env python
 """Measure the tiers that segments are kept in: their speed, what a request gains, and the gate.
 
-- "bandwidth": segments of several sizes are put into each tier and got back, through the classes
-  that the connector uses.
-- "tiers": node A, an engine that ends then, has filled a disk directory and a Redis. Node B, a
-  fresh engine, is asked about these images: TTFT by the tier that an image comes from, against
-  images that nobody knows. Between two requests node B forgets all it has in memory.
+- "bandwidth": segments of several sizes are put into host memory, device memory and each of
+  LMCache's adapters, and got back, one at a time and four at a time, through the classes that the
+  connector uses. Beside it, a plain copy of as many bytes.
+- "tiers": node A, an engine that ends then, has filled the adapters. Node B, a fresh engine, is
+  asked about these images: TTFT by the tier that an image comes from, against images that nobody
+  knows. Between two requests node B forgets all it has in memory.
 - "gate": before a segment is loaded, the connector weighs loading against computing. Here both
-  are done, and compared with what it decided: from disk, from Redis, and from Redis behind links
-  of several speeds around the one at which loading takes as long as computing.
+  are done, and compared with what it decided: from each adapter, and, by a node of its own, from
+  Redis behind links of several speeds around the one at which loading takes as long as computing.
+- "decoding": the time between two tokens of requests that decode, without loads, and with ten a
+  second that they have nothing to do with.
 
 What counts are ratios within a round, whose requests are made one after the other, in an order
 that turns around from round to round. Engines run one at a time, each in a process of its own.
 Files are dropped from the page cache before they are read, unless said otherwise. On a CPU, device
 memory is host memory, too. Fetches have all the time they take.
 
-Redis is started here, on 127.0.0.1; without a redis-server it is left out.
+Servers are started here, on 127.0.0.1; adapters whose server or package is missing are left out.
 
 Results go to PREFIX.json (every single measurement), PREFIX.md and PREFIX.png.
 """
@@ -37,8 +40,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,18 +50,21 @@ from typing import Any, Self, cast
 
 import results
 from bench_ttft import BEHIND, IN_FRONT, TEXT_TOKENS
-from local_redis import LocalRedis, RedisError, find_server
+from local_mooncake import Master, MooncakeError, find_master
+from local_redis import LocalRedis, RedisError, find_server, find_valkey
 from options import add_model_options, add_output_options, model_of, model_problems
 from results import Spread, with_suffix, write_text
 from rich.console import Console
 from serving import CELL_PX, ROOT, SERVER_ENV, make_image
 from tiny_architectures import MAX_PIXELS
 
-from vlcache_connector.store import SegmentId
+from vlcache_connector.config import ADAPTER_TYPES
+from vlcache_connector.storage.header import SegmentId
+from vlcache_connector.storage.segment import Segment
 
-SCHEMA = 1
-PARTS = ("bandwidth", "tiers", "gate")
-PLACES = ("cold", "redis", "disk", "cpu", "device")
+SCHEMA = 2
+PARTS = ("bandwidth", "tiers", "gate", "decoding")
+PLACES = ("cold", *reversed(ADAPTER_TYPES), "cpu", "device")
 """What a request of the part "tiers" can be, slowest first."""
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 WARM_UP_SEED, KNOWN_SEED, NEW_SEED = 1, 10_000, 20_000
@@ -75,6 +82,10 @@ NODE = {
     "fetch_deadline_seconds": PATIENCE,
     "break_even": True,
 }
+STREAMS = (1, 4)
+"""Segments at a time."""
+DECODING, LOADS_PER_SECOND = 4, 10.0
+"""Requests that decode, and what is loaded beside them."""
 LAYERS, KV_HEADS, HEAD_DIM = 28, 4, 128
 """Of the segments of "bandwidth": Qwen2.5-VL-7B. In bfloat16, a token has 57,344 bytes."""
 
@@ -89,7 +100,7 @@ class Sample:
 
     Attributes:
         part: "tiers" or "gate".
-        source: tier, or link to Redis, that the image may come from.
+        source: tier that the image may come from, with the speed of its link if it has one.
         how: "tiers": one of `PLACES`; "gate": "load" or "compute" (the encoder's rows were loaded,
             and the KV too, or not), "memory" (the KV was in host memory), "plain" (nothing was
             looked for).
@@ -120,7 +131,10 @@ class Link(socketserver.ThreadingTCPServer):
 
     Args:
         port: where it leads.
-        bytes_per_second: of all answers together.
+        bytes_per_second: of all answers together; may be changed.
+
+    Attributes:
+        port: where it listens.
     """
 
     daemon_threads = True
@@ -128,8 +142,8 @@ class Link(socketserver.ThreadingTCPServer):
     def __init__(self, port: int, bytes_per_second: float) -> None:
         super().__init__(("127.0.0.1", 0), _Connection)
         self.leads_to = ("127.0.0.1", port)
-        self.url = f"redis://127.0.0.1:{self.server_address[1]}"
-        self._bytes_per_second = bytes_per_second
+        self.port = int(self.server_address[1])
+        self.bytes_per_second = bytes_per_second
         self._lock = threading.Lock()
         self._free_at = 0.0
 
@@ -145,7 +159,7 @@ class Link(socketserver.ThreadingTCPServer):
         """Wait until so many bytes are through, behind all that came before."""
         with self._lock:
             now = time.monotonic()
-            self._free_at = max(now, self._free_at) + num_bytes / self._bytes_per_second
+            self._free_at = max(now, self._free_at) + num_bytes / self.bytes_per_second
             seconds = self._free_at - now
         time.sleep(seconds)
 
@@ -171,7 +185,56 @@ def _pump(
         target.shutdown(socket.SHUT_WR)
 
 
-# -- bandwidth ----------------------------------------------------------------------------------
+# -- adapters -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Servers:
+    """What adapters need, as far as there is any.
+
+    Attributes:
+        missing: types of adapters that are left out, with the reason.
+    """
+
+    redis: LocalRedis | None
+    mooncake: Master | None
+    missing: Mapping[str, str]
+
+    @classmethod
+    def start(cls, stack: contextlib.ExitStack, names: Iterable[str], folder: Path) -> Servers:
+        """Those for these types of adapters."""
+        missing: dict[str, str] = {}
+        redis = master = None
+        wanted = {"valkey", "resp"} & set(names)
+        if wanted and (command := find_valkey() or find_server()):
+            redis = stack.enter_context(LocalRedis(folder, command=command))
+        elif wanted:
+            missing |= dict.fromkeys(wanted, "neither a valkey-server nor a redis-server")
+        if "mooncake" in names and (command := find_master()):
+            master = stack.enter_context(Master(command, folder))
+        elif "mooncake" in names:
+            missing["mooncake"] = "no mooncake_master that runs here"
+        return cls(redis, master, missing)
+
+    def spec(self, name: str, folder: Path, port: int | None = None) -> dict[str, Any]:
+        """An adapter's configuration.
+
+        Args:
+            folder: for those that keep files.
+            port: in place of the server's own.
+        """
+        if name in ("fs", "fs_native"):
+            (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            return {"type": name, "base_path": str(folder / name)}
+        if name == "mooncake":
+            assert self.mooncake is not None
+            return {"type": name, **self.mooncake.params, "global_segment_size": 2 << 30}
+        assert self.redis is not None
+        port = port or self.redis.port
+        if name == "resp":
+            return {"type": name, "host": "127.0.0.1", "port": port, "num_workers": 4}
+        nodes = f"127.0.0.1:{port}"
+        return {"type": name, "startup_nodes": nodes, "num_workers": 4, "request_timeout": PATIENCE}
 
 
 def drop_from_page_cache(folder: Path) -> None:
@@ -183,120 +246,190 @@ def drop_from_page_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+# -- bandwidth ----------------------------------------------------------------------------------
+
+
+class Segments:
+    """Segments in host memory, and in an adapter below it.
+
+    Args:
+        spec: of the adapter; None: there is none.
+        num_bytes: host memory.
+    """
+
+    def __init__(self, spec: Mapping[str, Any] | None, num_bytes: int) -> None:
+        import torch
+
+        from vlcache_connector.config import VLCacheConfig
+        from vlcache_connector.storage.adapters import open_adapters
+        from vlcache_connector.storage.engine import SegmentEngine
+        from vlcache_connector.storage.layout import SegmentLayout, Space
+
+        layout = SegmentLayout(
+            Space(f"bench-{spec['type'] if spec else 'host'}", rank=0, num_ranks=1),
+            num_layers=LAYERS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            kv_dtype=torch.bfloat16,
+            positions_rows=3,
+            encoder_width=1,
+            encoder_dtype=torch.bfloat16,
+        )
+        config = VLCacheConfig(
+            l2_adapters=[dict(spec)] if spec else [],
+            fetch_deadline_seconds=PATIENCE,
+            write_queue_bytes=num_bytes,
+        )
+        self.engine = SegmentEngine(layout, num_bytes, open_adapters(config, can_store=True))
+        self._layout = layout
+
+    def objects(self, segment: SegmentId, num_tokens: int) -> Any:
+        """See `SegmentLayout.expected`."""
+        return self._layout.expected(segment, num_tokens)
+
+    def write(self, segment: SegmentId, kv: Any) -> Any:
+        """Copy KV `[layers, 2, tokens, heads, dim]` to host memory; `finish` the result."""
+        import torch
+
+        writer = self.engine.open_kv(segment.key, torch.arange(kv.shape[2]).expand(3, -1))
+        if writer is None:
+            raise BenchError(f"no room for {segment.key}")
+        for layer, both in enumerate(kv):
+            writer.layer(layer).copy_(both)
+        return writer
+
+    def wait_until_stored(self, num_bytes: int) -> None:
+        """Until the adapter has taken so many bytes."""
+        written, seen = 0, Counter[str]()
+        while written < num_bytes:
+            time.sleep(0.0002)
+            events = self.engine.take_events()
+            seen += events
+            written += sum(n for event, n in events.items() if event.endswith(".write.bytes"))
+            if any("store." in event for event in events):
+                raise BenchError(f"not all was stored: {dict(seen)}")
+
+    def load(self, segments: Sequence[SegmentId], num_tokens: int) -> None:
+        """Bring segments back to host memory, all at a time."""
+        deadline = time.monotonic() + PATIENCE
+        for segment in segments:
+            self.engine.load(segment, num_tokens, deadline)
+        left = len(segments)
+        while left:
+            for ended in self.engine.take_loaded():
+                left -= 1
+                if not ended.is_here:
+                    raise BenchError(f"{ended.id.key} could not be loaded")
+            time.sleep(0.0002)
+
+    def get(self, segment: SegmentId) -> Segment:
+        """What is in host memory."""
+        found = self.engine.get(segment)
+        if found is None:
+            raise BenchError(f"{segment.key} is not in host memory")
+        return found
+
+    def forget(self, segments: Sequence[SegmentId]) -> None:
+        """Drop them from host memory."""
+        for segment in segments:
+            self.engine.remove(segment)
+
+
+Laps = dict[tuple[str, int], list[float]]
+"""What was done, and how many segments at a time -> seconds of each run."""
+
+
 def measure_bandwidth(
-    folder: Path, redis_url: str | None, mebibytes: Sequence[int], runs: int
+    spec: Mapping[str, Any] | None, mebibytes: Sequence[int], runs: int
 ) -> list[dict[str, Any]]:
-    """Put segments into every tier and get them back: one entry per operation and size."""
+    """Put segments into an adapter, or memory alone, and get them back: one entry per operation,
+    size and number of segments at a time."""
     import torch
 
-    from vlcache_connector.store import LMCacheSegmentStore
-    from vlcache_connector.streams import Leaving
-    from vlcache_connector.tiers import CircuitBreaker, DiskTier, GuardedTier, RedisTier
-    from vlcache_connector.worker.device import DeviceSegments
-
-    store = LMCacheSegmentStore(
-        model_name="bench",
-        fingerprint="bench",
-        rank=0,
-        world_size=1,
-        budget_bytes=3 * (max(mebibytes) + 16) << 20,
-        num_layers=LAYERS,
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        kv_dtype=torch.bfloat16,
-        verify=False,
-    )
-    cpu = torch.device("cpu")
-    device = DeviceSegments(2 * (max(mebibytes) + 16) << 20, cpu, None, Leaving(None, cpu))
-    plain: list[Any] = [DiskTier(folder, "bench", 100 << 30, None)]
-    plain += [] if redis_url is None else [RedisTier(redis_url, "bench", None)]
-    tiers = [GuardedTier(t, CircuitBreaker(t.name, slow_seconds=PATIENCE)) for t in plain]
+    segments = Segments(spec, (max(STREAMS) + 1) * (max(mebibytes) + 16) << 20)
     measured = []
-    for size in mebibytes:
-        tokens = max(1, (size << 20) // (LAYERS * 2 * KV_HEADS * HEAD_DIM * 2))
-        num_bytes, steps = _steps(store, device, tiers, folder, tokens)
-        seconds: dict[str, list[float]] = {}
-        for _ in range(runs + 1):
-            for name, step in steps:
-                start = time.perf_counter()
-                if not step():
-                    raise BenchError(f"{name}: {size} MiB failed")
-                seconds.setdefault(name, []).append(time.perf_counter() - start)
-        # The first run finds memory that was never touched; steps without a name are no results.
-        measured += [
-            {"what": name, "num_bytes": num_bytes, "seconds": times[1:]}
-            for name, times in seconds.items()
-            if name
-        ]
-    for tier in tiers:
-        tier.close()
-    store.close()
+    try:
+        for size in mebibytes:
+            tokens = max(1, (size << 20) // (LAYERS * 2 * KV_HEADS * HEAD_DIM * 2))
+            shape = (LAYERS, 2, tokens, KV_HEADS, HEAD_DIM)
+            kv = torch.randint(0, 2**14, shape, dtype=torch.int16).view(torch.bfloat16)
+            laps: Laps = {}
+            for run in range(runs + 1):
+                if spec is None:
+                    _run_in_memory(segments, kv, laps)
+                else:
+                    _run_below(segments, spec, kv, run, laps)
+            # The first run finds memory that was never touched.
+            num_bytes = segments.objects(SegmentId("", "kv"), tokens).num_bytes
+            measured += [
+                {"what": what, "streams": n, "num_bytes": n * num_bytes, "seconds": seconds[1:]}
+                for (what, n), seconds in laps.items()
+            ]
+    finally:
+        segments.engine.close()
     return measured
 
 
-def _steps(
-    store: Any, device: Any, tiers: Sequence[Any], folder: Path, tokens: int
-) -> tuple[int, list[tuple[str, Callable[[], Any]]]]:
-    """What is done with a segment, in this order; every step returns something true."""
+@contextlib.contextmanager
+def _timed(laps: Laps, what: str, streams: int) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    laps.setdefault((what, streams), []).append(time.perf_counter() - start)
+
+
+def _run_in_memory(segments: Segments, kv: Any, laps: Laps) -> None:
+    """Host and device memory, and what copies take alone."""
     import torch
 
-    from vlcache_connector.tiers import Deadline, Name
+    from vlcache_connector.streams import Leaving
+    from vlcache_connector.worker.device import DeviceSegments
 
-    name = Name("kv", f"segment of {tokens}", 0, 1)
-    shape = (LAYERS, 2, tokens, KV_HEADS, HEAD_DIM)
-    kv = torch.randint(0, 2**14, shape, dtype=torch.int16).view(torch.bfloat16)
-    target, positions = torch.empty_like(kv), torch.arange(tokens).expand(3, -1)
+    segment, target = SegmentId("one", "kv"), torch.empty_like(kv)
+    cpu = torch.device("cpu")
+    device = DeviceSegments(kv.nbytes, cpu, None, Leaving(None, cpu))
 
-    def put() -> Any:
-        writer = store.open_kv(name.key, positions)
-        assert writer is not None
-        for layer, both in enumerate(kv):
-            writer.layer(layer).copy_(both)
-        return writer.finish()
-
-    def copy_out(segment: Any) -> bool:
-        with segment:
+    def copy_out(of: Any) -> None:
+        with of:
             for layer in range(LAYERS):  # as a load does
-                target[layer, 0], target[layer, 1] = segment.layer(layer)
-        return True
+                target[layer, 0], target[layer, 1] = of.layer(layer)
 
-    def forget() -> bool:
-        store.remove(SegmentId(name.key, "kv"))
-        device.remove(name.key)
-        drop_from_page_cache(folder)
-        return True
+    with _timed(laps, "host: put", 1):
+        segments.write(segment, kv).finish()
+    with _timed(laps, "host: get", 1):
+        copy_out(segments.get(segment))
+    with _timed(laps, "device: put", 1):
+        device.promote(segments.get(segment), LAYERS)
+    with _timed(laps, "device: get", 1):
+        copy_out(device.get(segment.key))
+    segments.forget([segment])
+    for streams in STREAMS:
+        targets = [torch.empty_like(kv).fill_(0) for _ in range(streams)]
+        with ThreadPoolExecutor(streams) as pool, _timed(laps, "copy", streams):
+            list(pool.map(lambda one: one.copy_(kv), targets))
 
-    def check() -> bool:
-        store.check_encoded(SegmentId(name.key, "kv"), objects, tokens)
-        return True
 
-    put()
-    encoded = store.get_encoded(SegmentId(name.key, "kv"))
-    objects = [memoryview(bytearray(part)) for part in encoded.objects]
-    encoded.release()
-    steps: list[tuple[str, Callable[[], Any]]] = [
-        ("", forget),
-        ("host: put", put),
-        ("host: get", lambda: copy_out(store.get(SegmentId(name.key, "kv")))),
-        ("device: put", lambda: device.promote(store.get(SegmentId(name.key, "kv")), LAYERS)),
-        ("device: get", lambda: copy_out(device.get(name.key))),
-    ]
-    for tier in tiers:
-
-        def write(tier: Any = tier) -> Any:
-            return tier.write(name, objects, Deadline(PATIENCE))
-
-        def read(tier: Any = tier) -> Any:
-            return tier.read(name, 1 << 40, Deadline(PATIENCE))
-
-        steps.append((f"{tier.name}: put", write))
-        if tier.name == "disk":
-            steps += [("disk: get, from the page cache", read), ("", forget)]
-        steps.append((f"{tier.name}: get", read))
-    # What a worker does with a segment that came from below.
-    steps += [("host: check", check)]
-    steps += [("host: admit", lambda: store.put_encoded(SegmentId(name.key, "kv"), objects))]
-    return sum(map(len, objects)), steps
+def _run_below(segments: Segments, spec: Mapping[str, Any], kv: Any, run: int, laps: Laps) -> None:
+    """An adapter."""
+    name, tokens = spec["type"], kv.shape[2]
+    for streams in STREAMS:
+        mine = [SegmentId(f"{tokens} {run} {streams} {number}", "kv") for number in range(streams)]
+        objects = [segments.objects(segment, tokens) for segment in mine]
+        writers = [segments.write(segment, kv) for segment in mine]
+        with _timed(laps, f"{name}: put", streams):
+            for writer in writers:
+                writer.finish()
+            segments.wait_until_stored(sum(of.num_bytes for of in objects))
+        segments.forget(mine)
+        if "base_path" in spec:
+            with _timed(laps, f"{name}: get, from the page cache", streams):
+                segments.load(mine, tokens)
+            segments.forget(mine)
+            drop_from_page_cache(Path(spec["base_path"]))
+        with _timed(laps, f"{name}: get", streams):
+            segments.load(mine, tokens)
+        segments.forget(mine)
+        adapter: Any = segments.engine.tiers[0].adapter
+        adapter.delete([key for of in objects for key in of.keys])
 
 
 # -- nodes --------------------------------------------------------------------------------------
@@ -307,40 +440,39 @@ class Engine:
 
     Args:
         connector: its options.
-        links: name -> URL of more ways to the Redis.
         arguments: of `vllm.LLM`.
     """
 
-    def __init__(
-        self, model: str, connector: Mapping[str, Any], links: Mapping[str, str], **arguments: Any
-    ) -> None:
+    def __init__(self, model: str, connector: Mapping[str, Any], **arguments: Any) -> None:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        from vlcache_connector.config import VLCacheConfig
         from vlcache_connector.measure.runner import Runner
         from vlcache_connector.scheduler.break_even import BreakEven
-        from vlcache_connector.tiers import open_tiers
 
         arguments |= {"enforce_eager": True, "enable_prefix_caching": True, "seed": 0}
         arguments |= {"skip_mm_profiling": True, "limit_mm_per_prompt": {"image": 1, "video": 0}}
-        self._runner = Runner(model, connector, max_num_seqs=4, **arguments)
+        self._runner = Runner(model, connector, max_num_seqs=DECODING, **arguments)
         group: Any = get_kv_transfer_group()
         self._shape, self._storage = group._worker._shape, group._worker._storage
-        self._device, self._transfers = self._storage._device, self._storage._transfers
-        self._configured = self._transfers._tiers
-        self._tiers = {tier.name: tier for tier in self._configured}
-        for name, url in links.items():
-            config = VLCacheConfig(redis_url=url, fetch_deadline_seconds=PATIENCE)
-            [self._tiers[name]] = open_tiers(config, "bench", "bench")
-        for tier in self._tiers.values():
-            tier.read = self._timed(tier.read)
+        self._device, self._engine = self._storage._device, self._storage.engine
+        llm_engine: Any = self._runner._llm.llm_engine
+        side = llm_engine.engine_core.engine_core.scheduler.connector._scheduler
+        self._statistics, self._staging = side.statistics, side._staging
         # Loads alone are weighed: what has been loaded is reused.
-        scheduler: Any = self._runner._llm.llm_engine.engine_core.engine_core.scheduler
-        scheduler.connector._scheduler._break_even = BreakEven(is_on=False)
-        self._decide = self._transfers._is_worth
-        self._transfers._is_worth = self._judge
+        side._break_even = BreakEven(is_on=False)
+        self._decide = self._staging._is_worth
+        self._staging._is_worth = self._judge
+        self._load, self._take_loaded = self._engine.load, self._engine.take_loaded
+        self._engine.load, self._engine.take_loaded = self._begin_load, self._end_loads
+        self._folders = [
+            Path(spec["base_path"]) for spec in connector["l2_adapters"] if "base_path" in spec
+        ]
         self._force: bool | None = None
         self._seen: dict[str, Any] = {}
+        self._begun: dict[SegmentId, float] = {}
+        """When loads that are on their way began."""
+        self._loaded: dict[SegmentId, int] = {}
+        """KV segments that were loaded so far, and their tokens."""
 
     def ask(
         self,
@@ -363,20 +495,24 @@ class Engine:
         """
         from vlcache_connector.measure.runner import FULL_RECOMPUTE, Request
 
-        if "disk" in sources:
-            drop_from_page_cache(self._tiers["disk"]._tier._root)
+        self._use(sources)
         self._runner._llm.reset_mm_cache()  # every request has to have its image decoded
-        self._transfers._tiers = [self._tiers[source] for source in sources]
         self._storage._device = self._device if on_device else None
         self._force, self._seen = force, {}
         text = f"Request {number:06}. {IN_FRONT}{IMAGE}{BEHIND}"
         options = FULL_RECOMPUTE if plain else {}
         outcome = self._runner.run_alone(Request(text, (make_image(*image),), options=options))
-        if not self._transfers.flush(PATIENCE):
+        if not self._storage.flush(PATIENCE):
             raise BenchError("what was stored was not written in time")
         tier = outcome.figures.get("tier") if outcome.figures.get("reused_tokens") else None
         about = {"ttft": outcome.seconds, "image_tokens": outcome.image_tokens, "tier": tier}
         return about | self._seen
+
+    def _use(self, sources: Sequence[str]) -> None:
+        for tier in self._engine.tiers:
+            tier.set_open(tier.name in sources)
+        for folder in self._folders:
+            drop_from_page_cache(folder)
 
     def forget(self) -> None:
         """Empty all memory, as that of a fresh engine."""
@@ -384,40 +520,93 @@ class Engine:
         if not engine.reset_prefix_cache(reset_connector=True):
             raise BenchError("the prefix cache could not be reset")
         engine.reset_encoder_cache()
-        for key in list(self._device._segments):
-            self._device.remove(key)
+        self._device.clear()
+        # With its next step, the worker looks at the weights, and opens all tiers that fit them.
+        self._runner.run_alone(_text_request())
+
+    def forget_speed(self, source: str) -> None:
+        """A tier has another speed from now on."""
+        from vlcache_connector.storage.transfer_time import TransferTime
+
+        for tier in self._engine.tiers:
+            if tier.name == source:
+                tier.read_time = TransferTime()
+
+    def decode(self, source: str, steps: int, loads_per_second: float) -> dict[str, Any]:
+        """Time the steps of requests that decode, while what was loaded before is loaded again.
+
+        Returns:
+            Seconds of each step ("gaps"), how many loads ended ("loads"), and their bytes.
+        """
+        from vllm import SamplingParams
+
+        self._use([source])
+        self._begun.clear()
+        engine = self._runner._llm.llm_engine
+        params = SamplingParams(max_tokens=steps + 8, temperature=0, ignore_eos=True)
+        names = [f"decoding {source} {loads_per_second} {index}" for index in range(DECODING)]
+        for name in names:
+            engine.add_request(name, {"prompt": f"{name}: {IN_FRONT}"}, params)
+        for _ in range(4):  # prefill, and what a request does once
+            engine.step()
+        gaps: list[float] = []
+        segments, begun, ended, num_bytes = list(self._loaded.items()), 0, 0, 0
+        first = last = time.perf_counter()
+        while len(gaps) < steps and engine.has_unfinished_requests():
+            while begun < (last - first) * loads_per_second:
+                segment, num_tokens = segments[begun % len(segments)]
+                begun += 1
+                if segment not in self._begun:  # the one before is not through yet
+                    self._engine.load(segment, num_tokens, time.monotonic() + PATIENCE)
+                    num_bytes += num_tokens * self._shape.bytes_per_token
+            before = len(self._begun)
+            engine.step()
+            ended += before - len(self._begun)
+            gaps.append(time.perf_counter() - last)
+            last += gaps[-1]
+        engine.abort_request(names)
+        while self._begun:
+            self._runner.run_alone(_text_request())
+        return {"gaps": gaps, "loads": ended, "num_bytes": num_bytes}
 
     def facts(self) -> dict[str, float]:
         """How fast it computes, and how large KV is."""
-        speed = self._transfers._pace.tokens_per_second
+        speed = self._statistics.prefill_speed
         return {"tokens_per_second": speed, "bytes_per_token": self._shape.bytes_per_token}
 
     def close(self) -> None:
         """End it."""
-        self._transfers._tiers = self._configured
         self._runner.close()
 
-    def _timed(self, read: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(name: Any, *args: Any) -> Any:
-            start = time.perf_counter()
-            objects = read(name, *args)
-            if name.kind == "kv":
-                self._seen["read_seconds"] = time.perf_counter() - start
-            return objects
+    def _begin_load(self, segment: SegmentId, num_tokens: int, deadline: float) -> None:
+        self._begun[segment] = time.perf_counter()
+        if segment.kind == "kv":
+            self._loaded[segment] = num_tokens
+        self._load(segment, num_tokens, deadline)
 
-        return timed
+    def _end_loads(self) -> Any:
+        loaded = self._take_loaded()
+        for ended in loaded:
+            began = self._begun.pop(ended.id, None)
+            if began is not None and ended.id.kind == "kv":
+                self._seen["read_seconds"] = time.perf_counter() - began
+        return loaded
 
-    def _judge(self, tier: Any, num_bytes: int, saved_tokens: int) -> bool:
+    def _judge(self, tier: str, num_bytes: int, saved_tokens: int) -> bool:
         decision: bool = self._decide(tier, num_bytes, saved_tokens)
-        if not saved_tokens:
-            return decision
-        self._transfers._skipped = 0  # no load is made only to see whether speeds have changed
-        speed = self._transfers._pace.tokens_per_second
-        load = tier.estimate_read_seconds(num_bytes)
+        self._staging._num_skipped = 0  # no load is made only to see whether speeds have changed
+        speed = self._statistics.prefill_speed
+        load = self._statistics.read_seconds(tier, num_bytes)
         estimates = {"load": load, "compute": speed and saved_tokens / speed}
         self._seen["estimates"] = {k: v for k, v in estimates.items() if v is not None}
         self._seen["gate_loads"] = decision
         return decision if self._force is None else self._force
+
+
+def _text_request() -> Any:
+    from vlcache_connector.measure.runner import Request
+
+    return Request("no image", ())
 
 
 _engine: Engine | None = None
@@ -522,9 +711,10 @@ class Bench:
 
     def teach(self, source: str, sizes: Sequence[int]) -> None:
         """Load once per size, so that the gate knows how long that takes; nothing is kept."""
+        self._node.call("forget_speed", _tier_of(source))
         for px in sizes:
             self._node.call("forget")
-            self._ask(source, "load", px, WARM_UP_SEED, [source], force=True)
+            self._ask(source, "load", px, WARM_UP_SEED, [_tier_of(source)], force=True)
 
     def tiers(self, px: int, number: int) -> list[dict[str, Any]]:
         """The requests of a round of the part "tiers"."""
@@ -543,13 +733,13 @@ class Bench:
 
     def gate(self, source: str, px: int, number: int) -> list[dict[str, Any]]:
         """The requests of a round of the part "gate"."""
-        known, answers = KNOWN_SEED + number, []
+        known, tiers, answers = KNOWN_SEED + number, [_tier_of(source)], []
         for turn in _in_turn(["plain", "compute", "load"], number):
             self._node.call("forget")
             if turn == "plain":
-                answers.append(self._ask(source, turn, px, known, [source], plain=True))
+                answers.append(self._ask(source, turn, px, known, tiers, plain=True))
                 continue
-            answers.append(self._ask(source, turn, px, known, [source], force=turn == "load"))
+            answers.append(self._ask(source, turn, px, known, tiers, force=turn == "load"))
             if turn == "load":
                 answers.append(self._ask(source, "memory", px, known, []))
         return [{"part": "gate", **answer} for answer in answers]
@@ -562,13 +752,17 @@ class Bench:
             "ask", self._number, (seed, px), sources, **options
         )
         tier = answer.pop("tier")
-        wanted = {"load": source.split(" ")[0], "memory": "cpu", **dict.fromkeys(PLACES[1:], how)}
+        wanted = {"load": _tier_of(source), "memory": "cpu", **dict.fromkeys(PLACES[1:], how)}
         if tier != wanted.get(how):
             raise BenchError(f"an image of {px} px ({how}, {source}) came from {tier}")
         return {"source": source, "how": how, "image_px": px, **answer}
 
 
-def _in_turn(turns: Sequence[str], number: int) -> Sequence[str]:
+def _tier_of(source: str) -> str:
+    return source.partition(" ")[0]
+
+
+def _in_turn(turns: Sequence[Any], number: int) -> Sequence[Any]:
     return turns if number % 2 else turns[::-1]
 
 
@@ -691,7 +885,7 @@ def make_markdown(document: dict[str, Any]) -> str:
     settings, machine = document["settings"], document["machine"]
     commit, changed = document["git"]["commit"] or "unknown", document["git"]["changed"]
     lines = [
-        "# Tiers: speed, time to the first token, break-even",
+        "# Tiers: speed, time to the first token, break-even, decoding",
         "",
         f"- Model: {settings['model']}, {settings['dtype']}; {RATIO:.0%} recomputed",
         f"- Machine: {machine['cpu']}, {machine['cores']} cores",
@@ -706,6 +900,8 @@ def make_markdown(document: dict[str, Any]) -> str:
         lines.append(f"- Other programs used {load:.2f} cores during the rounds")
     if document["bandwidth"]:
         lines += _bandwidth_section(document["bandwidth"])
+    if document["decoding"]:
+        lines += _decoding_section(document["decoding"])
     if cells := tier_cells(samples):
         lines += _tiers_section(cells)
     if gate := gate_cells(samples):
@@ -719,25 +915,69 @@ def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _bandwidth_section(measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows: dict[str, list[str]] = {}
-    for result in sorted(measured, key=lambda result: (result["what"], result["num_bytes"])):
+    sizes = sorted({result["num_bytes"] // result["streams"] for result in measured})
+    rows: dict[tuple[str, int], dict[int, str]] = {}
+    for result in measured:
         speed = Spread.of([result["num_bytes"] / s / 1e6 for s in result["seconds"]])
         latency = 1e3 * statistics.median(result["seconds"])
-        entry = f"{results.with_range(speed, '.0f')}; {latency:.1f} ms"
-        rows.setdefault(result["what"], []).append(entry)
-    sizes = sorted({result["num_bytes"] for result in measured})
+        row = rows.setdefault((result["what"], result["streams"]), {})
+        size = result["num_bytes"] // result["streams"]
+        row[size] = f"{results.with_range(speed, '.0f')}; {latency:.1f} ms"
     return [
         "",
         "## Bandwidth",
         "",
         f"MB/s, median (and range) of {len(measured[0]['seconds'])} runs, and milliseconds; KV of "
-        "Qwen2.5-VL-7B in bfloat16. A put into host memory includes the checksum, a get a copy of "
-        'every layer. "Check" (the checksum, in a thread of its own) and "admit" (a copy, in the '
-        "engine's step) follow each get from disk or Redis.",
+        "Qwen2.5-VL-7B in bfloat16, as many segments at a time as it says. A put includes the "
+        "checksums: into host memory with the copy, into an adapter until it has all. A get from "
+        'an adapter ends in host memory, checked; one from memory copies every layer. "Copy" '
+        "copies as many bytes, in as many threads, and does nothing else.",
         *_table(
-            ["", *(f"{size / 2**20:.0f} MiB" for size in sizes)],
-            [[name, *entries] for name, entries in rows.items()],
+            ["", "At a time", *(f"{size / 2**20:.0f} MiB" for size in sizes)],
+            [
+                [what, str(n), *(row.get(size, "") for size in sizes)]
+                for (what, n), row in rows.items()
+            ],
         ),
+    ]
+
+
+def _decoding_section(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for source in dict.fromkeys(entry["source"] for entry in rounds):
+        mine = [entry for entry in rounds if entry["source"] == source]
+        pairs = [
+            {bool(e["loads_per_second"]): e for e in mine if e["pair"] == pair}
+            for pair in sorted({entry["pair"] for entry in mine})
+        ]
+        ratios = Spread.of(
+            [
+                statistics.median(p[True]["gaps"]) / statistics.median(p[False]["gaps"])
+                for p in pairs
+            ]
+        )
+        for with_loads in (False, True):
+            gaps = sorted(1e3 * gap for pair in pairs for gap in pair[with_loads]["gaps"])
+            loads = [pair[with_loads] for pair in pairs]
+            seconds = sum(sum(entry["gaps"]) for entry in loads)
+            rows.append(
+                [
+                    source,
+                    f"{sum(entry['loads'] for entry in loads) / seconds:.1f}",
+                    f"{sum(entry['num_bytes'] for entry in loads) / seconds / 1e6:.0f}",
+                    *(f"{gaps[int(share * (len(gaps) - 1))]:.1f}" for share in (0.5, 0.99, 1)),
+                    results.with_range(ratios, ".2f") if with_loads else "1",
+                ]
+            )
+    heading = ["From", "Loads/s", "MB/s", "Median, ms", "99 %", "Longest", "Median, ratio"]
+    return [
+        "",
+        "## What loads cost requests that decode",
+        "",
+        f"Time between two tokens of {DECODING} requests, without loads and with up to "
+        f"{LOADS_PER_SECOND:g} a second, each of one segment, for nobody; the ratio is taken round "
+        "by round.",
+        *_table(heading, rows),
     ]
 
 
@@ -868,14 +1108,14 @@ def report(console: Console, document: dict[str, Any], output: Path) -> None:
 def run(console: Console, args: argparse.Namespace) -> None:
     """Measure and report."""
     model, model_name = model_of(args)
-    with_redis = not args.no_redis and find_server() is not None
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "complete": False,
         **results.about_run(__file__, args.argv),
         "settings": {"model": model_name, "dtype": args.dtype, "connector": NODE},
-        "notes": [] if with_redis else ["Redis was left out: no redis-server, or --no-redis"],
+        "notes": [],
         "bandwidth": [],
+        "decoding": [],
         "samples": [],
     }
 
@@ -884,17 +1124,19 @@ def run(console: Console, args: argparse.Namespace) -> None:
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.cache_dir)))
-        redis = stack.enter_context(LocalRedis(folder)) if with_redis else None
+        servers = Servers.start(stack, args.adapters, folder)
+        document["notes"] = [f"{name} was left out: {why}" for name, why in servers.missing.items()]
+        adapters = [name for name in args.adapters if name not in servers.missing]
         show = stack.enter_context(console.status("")).update
-        if "bandwidth" in args.parts:
-            show("bandwidth")
+        for name in [None, *adapters] if "bandwidth" in args.parts else ():
+            show(f"bandwidth: {name or 'memory'}")
+            spec = servers.spec(name, folder / "bandwidth") if name else None
             with ProcessPoolExecutor(1, _context()) as pool:
-                url = redis.url if redis else None
-                arguments = (folder / "bandwidth", url, args.segments, args.runs)
-                document["bandwidth"] = pool.submit(measure_bandwidth, *arguments).result()
+                job = pool.submit(measure_bandwidth, spec, args.segments, args.runs)
+                document["bandwidth"] += job.result()
             save()
-        if {"tiers", "gate"} & set(args.parts):
-            measure_nodes(document, args, model, folder, redis, show, save)
+        if set(args.parts) - {"bandwidth"}:
+            measure_nodes(document, args, model, folder, servers, adapters, show, save)
     document |= {"complete": True, "finished": results.timestamp()}
     save()
     report(console, document, args.output)
@@ -905,54 +1147,75 @@ def measure_nodes(
     args: argparse.Namespace,
     model: Path,
     folder: Path,
-    redis: LocalRedis | None,
+    servers: Servers,
+    sources: Sequence[str],
     show: Callable[[str], None],
     save: Callable[[], None],
 ) -> None:
-    """The parts "tiers" and "gate"."""
-    connector: dict[str, Any] = NODE | {"disk_path": str(folder / "segments")}
-    connector |= {"redis_url": redis.url} if redis else {}
-    sources = ["disk", "redis"] if redis else ["disk"]
-    rounds = {"tiers": args.rounds, "gate": args.gate_rounds}
-    sizes = {"tiers": args.sizes, "gate": args.gate_sizes}
+    """The parts "tiers", "gate" and "decoding"."""
+    # The slowest one last: what host memory has of it is asked for next.
+    sources = sorted(sources, key=ADAPTER_TYPES.index)
+    connector = NODE | {"l2_adapters": [servers.spec(name, folder) for name in sources]}
+    rounds = {"tiers": args.rounds, "gate": args.gate_rounds, "decoding": args.gate_rounds}
     rounds = {part: count if part in args.parts else 0 for part, count in rounds.items()}
+    sizes = {"tiers": args.sizes, "gate": args.gate_sizes, "decoding": args.sizes[-1:]}
     stored = sorted({px for part, count in rounds.items() if count for px in sizes[part]})
     longest = -(-max(4096, (stored[-1] // CELL_PX) ** 2 + TEXT_TOKENS) // 1024) * 1024
     arguments = {"dtype": args.dtype, "max_model_len": longest, "max_num_batched_tokens": longest}
-    with Node(str(model), connector, {}, **arguments) as node:
+    groups = [os.getpgrp()]
+    if servers.redis:
+        groups.append(servers.redis.client.info()["process_id"])
+
+    def keep(samples: list[Sample]) -> None:
+        document["samples"] += [asdict(sample) for sample in samples]
+        save()
+
+    def measure_gate(bench: Bench, source: str) -> None:
+        bench.teach(source, args.gate_sizes)
+        for number in range(rounds["gate"]):
+            for px in args.gate_sizes:
+                show(f"gate: {source}, {px} px, round {number + 1} of {args.gate_rounds}")
+                bench.round(functools.partial(bench.gate, source, px), number)
+
+    with Node(str(model), connector, **arguments) as node:
         for px in stored:
             for number in range(max(rounds.values()) + 1):
                 show(f"node A: image {number} of {px} px")
                 seed = KNOWN_SEED + number - 1 if number else WARM_UP_SEED
                 node.call("ask", 10_000 * px + number, (seed, px), sources)
         facts = document["facts"] = node.call("facts")
-    even = facts["tokens_per_second"] * facts["bytes_per_token"]
-    with contextlib.ExitStack() as stack:
-        links = {}
-        if redis and rounds["gate"]:
-            for share in sorted(args.link_speeds, reverse=True):
-                link = stack.enter_context(Link(redis.port, share * even))
-                links[f"redis at {share * even / 1e6:.1f} MB/s"] = link.url
-        show("node B starts")
-        node = stack.enter_context(Node(str(model), connector, links, **arguments))
-
-        def keep(samples: list[Sample]) -> None:
-            document["samples"] += [asdict(sample) for sample in samples]
-            save()
-
-        groups = [os.getpgrp(), *([redis.client.info()["process_id"]] if redis else [])]
+    show("node B starts")
+    with Node(str(model), connector, **arguments) as node:
         bench = Bench(node, sources, keep, groups, args.max_other_load)
         bench.warm_up(stored)
         for number in range(rounds["tiers"]):
             for px in args.sizes:
                 show(f"tiers: {px} px, round {number + 1} of {args.rounds}")
                 bench.round(functools.partial(bench.tiers, px), number)
-        for source in [*sources, *links] if rounds["gate"] else ():
-            bench.teach(source, args.gate_sizes)
-            for number in range(rounds["gate"]):
-                for px in args.gate_sizes:
-                    show(f"gate: {source}, {px} px, round {number + 1} of {args.gate_rounds}")
-                    bench.round(functools.partial(bench.gate, source, px), number)
+        for source in sources if rounds["gate"] else ():
+            measure_gate(bench, source)
+        for source in sources if rounds["decoding"] else ():
+            for number in range(rounds["decoding"]):
+                show(f"decoding: {source}, round {number + 1} of {args.gate_rounds}")
+                for rate in _in_turn([0.0, LOADS_PER_SECOND], number):
+                    node.call("forget")
+                    found = node.call("decode", source, args.decoding_steps, rate)
+                    about = {"source": source, "pair": number, "loads_per_second": rate}
+                    document["decoding"].append(about | found)
+                save()
+    if not rounds["gate"] or "valkey" not in sources:
+        return
+    even = facts["tokens_per_second"] * facts["bytes_per_token"]
+    assert servers.redis is not None
+    with Link(servers.redis.port, math.inf) as link:
+        show("node C starts")
+        connector = NODE | {"l2_adapters": [servers.spec("valkey", folder, link.port)]}
+        with Node(str(model), connector, **arguments) as node:
+            bench = Bench(node, ["valkey"], keep, groups, args.max_other_load)
+            bench.warm_up(args.gate_sizes)
+            for share in sorted(args.link_speeds, reverse=True):
+                link.bytes_per_second = share * even
+                measure_gate(bench, f"valkey at {share * even / 1e6:.1f} MB/s")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -969,7 +1232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; --plot-only draws what was measured", file=sys.stderr)
         return 130
-    except (BenchError, RedisError, OSError, ValueError) as error:
+    except (BenchError, MooncakeError, RedisError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -991,7 +1254,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--link-speeds", **many, help="of links to Redis, as shares of the break-even speed")
     load: dict[str, Any] = {"type": float, "default": math.inf, "metavar": "CORES"}
     add("--max-other-load", **load, help="measure rounds again in which others used more")
-    add("--no-redis", action="store_true", help="leave Redis out")
+    add("--decoding-steps", type=int, default=300, metavar="N", help="of a round (%(default)s)")
+    add("--adapters", nargs="+", choices=ADAPTER_TYPES, default=list(ADAPTER_TYPES), help="(all)")
     add_model_options(parser)
     args = parser.parse_args(argv)
     args.argv = list(argv)

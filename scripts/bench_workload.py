@@ -14,7 +14,7 @@ get each workload one after the other, from empty caches:
 - "lmcache": plus LMCache's connector, prefix caching in host memory. It is `LMCacheMPConnector`,
   with a server of its own: `LMCacheConnectorV1` (0.5.6) logs "No supported cpu connector found" on
   a CPU, and from then on stores nothing.
-- "vlcache-device", "-cpu", "-disk", "-redis": plus VLCache. Where segments are to come from disk or
+- "vlcache-device", "-cpu", "-fs", "-valkey": plus VLCache. Where segments are to come from disk or
   Redis, host memory has room for little more than the images of the prompts under way; otherwise
   for all. "Reused from" tells where they did come from.
 
@@ -93,7 +93,7 @@ from workloads import (
 SCHEMA = 2
 DEFAULT_OUTPUT = ROOT / "configs" / "results" / "workload_cpu"
 PEERS = ("ec", "lmcache")
-VLCACHE = ("vlcache-cpu", "vlcache-device", "vlcache-disk", "vlcache-redis")
+VLCACHE = ("vlcache-cpu", "vlcache-device", "vlcache-fs", "vlcache-valkey")
 SYSTEMS = ("plain", *PEERS, *VLCACHE)
 AGAIN = "again"
 PERCENTILES = (50, 95, 99)
@@ -144,8 +144,8 @@ def make_servers(
     vlcache: dict[str, dict[str, Any]] = {
         "vlcache-device": ample | {"device_bytes": ample["cpu_bytes"]},
         "vlcache-cpu": ample,
-        "vlcache-disk": small | {"disk_path": str(folder / "disk")},
-        "vlcache-redis": small | {"redis_url": redis_url},
+        "vlcache-fs": small | {"disk_path": str(folder / "disk")},
+        "vlcache-valkey": small | {"redis_url": redis_url},
     }
     (folder / "ec").mkdir()
     ec = {
@@ -613,13 +613,13 @@ def run(console: Console, args: argparse.Namespace) -> None:
         "other_load": [],
         "runs": [],
     }
-    if "vlcache-redis" in args.systems and find_server() is None:
-        document["not_run"]["vlcache-redis"] = "there is no redis-server"
-        args.systems.remove("vlcache-redis")
+    if "vlcache-valkey" in args.systems and find_server() is None:
+        document["not_run"]["vlcache-valkey"] = "there is no redis-server"
+        args.systems.remove("vlcache-valkey")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.cache_dir)))
         redis = None
-        if "vlcache-redis" in args.systems:
+        if "vlcache-valkey" in args.systems:
             redis = stack.enter_context(LocalRedis(folder)).url
         servers = make_servers(model, args, workloads, folder, redis)
         progress = stack.enter_context(

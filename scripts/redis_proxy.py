@@ -1,7 +1,7 @@
-"""A proxy before a redis-server that knows what each command is for.
+"""A proxy before a Redis or Valkey server that knows what each command is for.
 
 It takes commands apart and hands each one to a fault, which may delay, change, refuse or cut
-it. What a command is part of follows from the keys of `vlcache_connector/tiers/redis.py`.
+it. What a command is part of follows from its verb, as LMCache's adapter "valkey" uses them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from typing import Literal
 
-Operation = Literal["lookup", "prefetch", "store"]
-OPERATIONS: tuple[Operation, ...] = ("lookup", "prefetch", "store")
+Operation = Literal["lookup", "load", "store"]
+OPERATIONS: tuple[Operation, ...] = ("lookup", "load", "store")
+_VERBS: Mapping[bytes, Operation] = {
+    b"EXISTS": "lookup",
+    b"GET": "load",
+    b"SET": "store",
+}
 
 # -- the protocol -------------------------------------------------------------------------------
 
@@ -52,7 +57,7 @@ def pack_command(arguments: Sequence[bytes]) -> bytes:
 
 
 def read_reply(reader: BufferedReader) -> bytes:
-    """One reply of a server (RESP 2), as it came.
+    """One reply of a server (RESP 2 or 3), as it came.
 
     Raises:
         ConnectionError: the server has hung up.
@@ -60,13 +65,15 @@ def read_reply(reader: BufferedReader) -> bytes:
     line = reader.readline()
     if not line.endswith(b"\r\n"):
         raise ConnectionError("the server has hung up")
-    count = int(line[1:]) if line[:1] in b"$*" else -1
-    if line[:1] == b"*":
+    kind = line[:1]
+    if kind in b"*~>%":
+        count = int(line[1:]) * (2 if kind == b"%" else 1)
         return line + b"".join(read_reply(reader) for _ in range(count))
-    if line[:1] != b"$" or count < 0:
+    if kind not in b"$=" or int(line[1:]) < 0:
         return line
-    value = reader.read(count + 2)
-    if len(value) != count + 2:
+    size = int(line[1:]) + 2
+    value = reader.read(size)
+    if len(value) != size:
         raise ConnectionError("the server has hung up")
     return line + value
 
@@ -100,14 +107,17 @@ class Command:
     """What a client sent.
 
     Attributes:
-        operation: what it is part of; None: none of the three.
         received: when its last byte was there (monotonic seconds); commands of one pipeline came
             at the same time.
     """
 
     arguments: list[bytes]
-    operation: Operation | None
     received: float
+
+    @property
+    def operation(self) -> Operation | None:
+        """What it is part of; None: none of the three."""
+        return _VERBS.get(self.verb)
 
     @property
     def verb(self) -> bytes:
@@ -119,44 +129,6 @@ Forward = Callable[[Sequence[bytes]], bytes]
 """Puts a command to the server, and returns its reply."""
 Fault = Callable[[Command, Forward], bytes]
 """Gives the reply to a command; may raise `Cut`."""
-
-
-class _Names:
-    """Tells the operations apart that begin alike: each asks for a segment's description
-    ("...:meta").
-
-    A lookup asks for several at once, or for one that nobody asked for before. The next one to ask
-    reads the segment, if it was found, or else stores it.
-    """
-
-    def __init__(self) -> None:
-        self._next: dict[bytes, Operation] = {}
-        self._lock = threading.Lock()
-
-    def clear(self) -> None:
-        with self._lock:
-            self._next.clear()
-
-    def operation_of(self, batch: Sequence[list[bytes]]) -> Operation | None:
-        """What commands that came together are part of."""
-        verbs = {arguments[0].upper() for arguments in batch}
-        if verbs & {b"MULTI", b"SET", b"EXEC"}:
-            return "store"
-        if verbs != {b"GETRANGE"}:
-            return None
-        if any(not arguments[1].endswith(b":meta") for arguments in batch):
-            return "prefetch"
-        if len(batch) > 1:
-            return "lookup"
-        with self._lock:
-            return self._next.pop(batch[0][1], "lookup")
-
-    def learn(self, command: Command, reply: bytes | None) -> None:
-        """What the client knows after a command; None: it got no reply."""
-        if command.operation == "lookup":
-            following: Operation = "prefetch" if reply and value_of(reply) else "store"
-            with self._lock:
-                self._next[command.arguments[1]] = following
 
 
 class RedisProxy:
@@ -173,14 +145,18 @@ class RedisProxy:
         self.fault: Fault | None = None
         self._server_port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._names = _Names()
         self._open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self._listener.getsockname()[1])
+
+    @property
     def url(self) -> str:
         """For the setting `redis_url`."""
-        return f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
+        return f"redis://127.0.0.1:{self.port}"
 
     def __enter__(self) -> RedisProxy:
         return self
@@ -191,10 +167,6 @@ class RedisProxy:
         self._listener.close()
         for sock in list(self._open):
             _hang_up(sock)
-
-    def forget(self) -> None:
-        """The server's content has changed: what was seen of segments is out of date."""
-        self._names.clear()
 
     def _accept(self) -> None:
         while True:
@@ -234,24 +206,15 @@ class RedisProxy:
         buffer = bytearray()
         while data := client.recv(1 << 18):
             buffer += data
-            received, batch = time.monotonic(), []
+            received = time.monotonic()
             while (arguments := take_command(buffer)) is not None:
-                batch.append(arguments)
-            operation = self._names.operation_of(batch) if batch else None
-            for arguments in batch:
-                client.sendall(self._reply(Command(arguments, operation, received), forward))
+                client.sendall(self._reply(Command(arguments, received), forward))
 
     def _reply(self, command: Command, forward: Forward) -> bytes:
-        reply = None
-        try:
-            fault = self.fault
-            if fault is None or command.operation is None:
-                reply = forward(command.arguments)
-            else:
-                reply = fault(command, forward)
-            return reply
-        finally:
-            self._names.learn(command, reply)
+        fault = self.fault
+        if fault is None or command.operation is None:
+            return forward(command.arguments)
+        return fault(command, forward)
 
 
 def _hang_up(sock: socket.socket) -> None:

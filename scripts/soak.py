@@ -7,7 +7,7 @@ engine, lets it sleep, and empties its caches. The KV cache is so small that vLL
 host memory, disk and Redis are so small that each evicts all the time.
 
 After every 100 requests, when nothing runs: the accounts of the indices add up and so do those of
-the store, down to each byte; neither blocks of vLLM's KV cache nor anything else is still held.
+host memory, down to each byte; neither blocks of vLLM's KV cache nor anything else is still held.
 At the end: memory does not grow more than that of plain vLLM, which is put to the same load (a line
 through the RSS behind the first fifth of the requests, each time after malloc gave back what it
 keeps of freed memory), and open files and threads stay as many. Every so often, a request's known
@@ -64,7 +64,7 @@ CONNECTOR: Mapping[str, Any] = {
     "device_bytes": "1MiB",
     "disk_bytes": "8MiB",
     "write_queue_bytes": "2MiB",
-    "fetch_deadline_seconds": 0.2,
+    "fetch_deadline_seconds": 1.0,
     "break_even": False,
 }
 REDIS_BYTES = "16mb"
@@ -295,8 +295,8 @@ def make_markdown(document: Mapping[str, Any]) -> str:
         f"**{verdict}.** {document['seconds'] / 60:.0f} minutes; tiers: {document['tiers']}.",
         "",
         f"- Command: `{document['command']}`",
-        f"- After every {BATCH} requests, the accounts of indices and store are checked, and that "
-        "nothing is held.",
+        f"- After every {BATCH} requests, the accounts of indices and host memory are checked, and "
+        "that nothing is held.",
         "- Sampled answers are compared with those of plain vLLM, or of the same reuse by an "
         f"engine without tiers, within {stress.TOLERANCE:g}.",
         "",
@@ -346,7 +346,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 show.print("there is no redis-server: host memory and disk only")
             else:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                options = {"maxmemory": REDIS_BYTES, "maxmemory_policy": "allkeys-lru"}
+                options: dict[str, Any] = {
+                    "maxmemory": REDIS_BYTES,
+                    "maxmemory_policy": "allkeys-lru",
+                }
                 redis = stack.enter_context(LocalRedis(folder, **options))
                 connector["redis_url"] = redis.url
             log = args.cache_dir / "logs" / f"{args.output.name}.log"
@@ -363,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": {name: version(name) for name in stress.PACKAGES},
         "requests": args.requests,
         "tiers": ", ".join(
-            ["device", "cpu", "disk", *(["redis"] if "redis_url" in connector else [])]
+            ["device", "cpu", "fs", *(["valkey"] if "redis_url" in connector else [])]
         ),
         "seconds": time.monotonic() - started,
     }

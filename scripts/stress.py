@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
-import logging
 import multiprocessing
 import os
 import signal
@@ -28,7 +27,7 @@ import numpy as np
 from serving import make_image
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-PACKAGES = ("vllm", "torch", "lmcache", "redis", "vlcache-connector")
+PACKAGES = ("vllm", "torch", "lmcache", "valkey-glide-sync", "vlcache-connector")
 """Whose versions stand in the results."""
 SIDES_PX = (112, 140, 168, 196)
 """Edges of the images."""
@@ -73,7 +72,6 @@ PAUSED_STEPS = 3
 _PRELOADED = ["vllm.entrypoints.llm", "vllm.v1.engine.core"]
 """Modules that every engine imports: its process is forked from one that has them."""
 _REFERENCES_AT_ONCE = 8
-_BREAKER_LOGGER = "vlcache_connector.tiers.breaker"
 
 
 class StressError(RuntimeError):
@@ -318,7 +316,6 @@ def _child(pipe: Any, model: str, arguments: dict[str, Any], log: str) -> None:
         torch.set_num_threads(1)  # torch may have been imported before the environment was set
         torch._dynamo.config.disable = True
         llm = LLM(model=model, **arguments)
-        logging.getLogger(_BREAKER_LOGGER).addHandler(_breaker)
         pipe.send(("result", None))
         while True:
             function, given = pipe.recv()
@@ -330,18 +327,6 @@ def _child(pipe: Any, model: str, arguments: dict[str, Any], log: str) -> None:
         pipe.send(("error", traceback.format_exc()))
 
 
-class _Lines(logging.Handler):
-    """Keeps the messages of a logger."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-_breaker = _Lines()
 _numbers = itertools.count()
 
 
@@ -410,7 +395,9 @@ def serve(
                 results[index] = Result("hung" if late else "aborted")
                 del running[index]
             entry.steps += 1
-        for output in engine.step() if running else ():
+        outputs = engine.step() if running else ()
+        _watch_guards()
+        for output in outputs:
             index = by_name[output.request_id]
             if index not in running:
                 continue
@@ -480,7 +467,7 @@ def references(llm: Any, tell: Tell, asks: Sequence[Ask]) -> list[list[Result]]:
 
 
 def forget(llm: Any, tell: Tell, seconds: float = SETTLE_SECONDS) -> None:
-    """Drop all that is in memory; what is on disk or in Redis stays.
+    """Drop all that is in memory; what is in the tiers below stays.
 
     Args:
         seconds: longest that it waits until these have what was stored.
@@ -504,7 +491,8 @@ def settle(llm: Any, tell: Tell, seconds: float = SETTLE_SECONDS) -> bool:
         staging, canonical = scheduler._staging, scheduler._canonical
         fetches = len(staging._running) if staging is not None else 0
         pending = len(canonical._pending) if canonical is not None else 0
-        if is_written and not fetches and not pending:
+        is_busy = worker._storage.engine.is_busy
+        if is_written and not (is_busy or fetches or pending):
             return True
         if left <= 0:
             return False
@@ -527,11 +515,7 @@ def _sides(llm: Any) -> tuple[Any, Any, Any]:
 def held(llm: Any, tell: Tell) -> dict[str, int]:
     """What is still held although no request runs; all zero where nothing leaks."""
     scheduler, worker, vllm = _sides(llm)
-    host, transfers, staging = (
-        worker._storage.host,
-        worker._storage._transfers,
-        scheduler._staging,
-    )
+    host, staging = worker._storage.engine, scheduler._staging
     pool = vllm.kv_cache_manager.block_pool
     stored = {kind: {key for key, of in host._resident if of == kind} for kind in ("kv", "encoder")}
     indices = {"kv": scheduler._segments, "encoder": scheduler._encoder_rows.index}
@@ -541,7 +525,11 @@ def held(llm: Any, tell: Tell) -> dict[str, int]:
         "finished requests": len(scheduler._finishing),
         "requests of the worker side": len(worker._requests),
         "captures": len(worker._capture),
-        "read handles": len(host._reading),
+        "read handles": len(host._open),
+        "segments being written": len(host._writing) + len(host._arriving) + len(host._unwanted),
+        "removed segments": len(host._leaving),
+        "lookups of the worker": len(host._asked),
+        "loads of the worker": len(host._wanted) + len(host._loading),
     }
     for kind, index in indices.items():
         known = set(index._entries)
@@ -551,9 +539,6 @@ def held(llm: Any, tell: Tell) -> dict[str, int]:
     if staging is not None:
         counts["tickets of the staging"] = len(staging._tickets)
         counts["fetches of the staging"] = len(staging._running)
-    if transfers is not None:
-        counts["fetches of the worker"] = transfers._running + len(transfers._arrived)
-        counts["bytes to be written"] = transfers._queued_bytes
     if scheduler._canonical is not None:
         canonical = scheduler._canonical
         counts["canonical donors"] = len(canonical._pending)
@@ -567,7 +552,7 @@ def violations(llm: Any, tell: Tell) -> list[str]:
     for name, part in (
         ("index of KV segments", scheduler._segments),
         ("index of encoder rows", scheduler._encoder_rows.index),
-        ("store", worker._storage.host),
+        ("host memory", worker._storage.engine),
     ):
         try:
             part.check_integrity()
@@ -576,13 +561,28 @@ def violations(llm: Any, tell: Tell) -> list[str]:
     return found + [f"{name}: {count} held" for name, count in held(llm, tell).items() if count]
 
 
+_guards: dict[str, str] = {}
+"""States of the tiers' guards at the last step."""
+_guards_turned: Counter[str] = Counter()
+
+
+def _watch_guards() -> None:
+    """Count how often each guard has turned to a state, "fs.guard.open" and so on."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+    if not has_kv_transfer_group():
+        return
+    connector: Any = get_kv_transfer_group()
+    for tier, state in connector._worker._storage.tier_states().items():
+        if _guards.get(tier, "closed") != state.guard:
+            _guards_turned[f"{tier}.guard.{state.guard}"] += 1
+        _guards[tier] = state.guard
+
+
 def happened(llm: Any, tell: Tell) -> dict[str, int]:
-    """What VLCache counted since the engine's start."""
+    """What VLCache counted since the engine's start, and how often guards turned."""
     scheduler, _, _ = _sides(llm)
-    counts = Counter(scheduler.statistics.events)
-    for line in _breaker.lines:
-        counts[f"breaker {line.partition(' to=')[2].partition(' ')[0]}"] += 1
-    return dict(counts)
+    return dict(scheduler.statistics.events) | _guards_turned
 
 
 def _status() -> dict[str, str]:

@@ -21,6 +21,11 @@ SelectorName = Literal["first_k", "layer_aware", "cacheblend", "random_k", "none
 GateMode = Literal["require", "warn", "off"]
 DonorMode = Literal["first_seen", "canonical"]
 
+ADAPTER_TYPES = ("fs", "fs_native", "valkey", "resp", "mooncake")
+"""LMCache's L2 adapters that VLCache is tested with, the nearest first."""
+
+_TIER_KEYS = ("disk_path", "l2_adapters", "lmcache_config_file", "redis_url")
+
 
 def _byte_size(value: Any) -> Any:
     return TypeAdapter(ByteSize).validate_python(value) if isinstance(value, str) else value
@@ -86,37 +91,52 @@ class VLCacheConfig(BaseModel):
     """Directory for segments that survive a restart; None: no disk tier."""
 
     disk_bytes: Bytes = Field(default=50 << 30, gt=0)
-    """Most bytes in `disk_path`."""
+    """Most bytes in `disk_path`, of all servers that share it."""
+
+    l2_adapters: list[dict[str, Any]] = []
+    """Storage below host memory, nearest first: LMCache's JSON objects, `{"type": "fs", ...}`."""
+
+    lmcache_config_file: str | None = None
+    """YAML or JSON file with more of them, under its key `l2_adapters`; None: there are no more."""
 
     redis_url: str | None = None
-    """Redis that several servers share, without credentials; None: no Redis tier."""
+    """Redis or Valkey that several servers share, without credentials; None: no such tier."""
 
     redis_tls_ca_file: str | None = None
     """Certificates that a `rediss://` server is checked against; None: the system's."""
 
+    encryption_key_file: str | None = None
+    """File of at least 32 random bytes, by which all that is stored below host memory is encrypted;
+    None: it is not."""
+
     deployment: str = Field(default="default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
-    """Servers that share segments on disk or in Redis have the same one."""
+    """Servers that share segments below host memory have the same one."""
 
     ttl_seconds: int = Field(default=7 * 24 * 3600, gt=0)
-    """Age at which segments on disk and in Redis are dropped."""
+    """Age at which segments in `disk_path` and in Redis or Valkey are dropped."""
 
     fetch_deadline_seconds: float = Field(default=1.0, gt=0.0)
-    """Longest that a request waits for segments from disk and Redis."""
+    """Longest that a request waits for segments from below host memory."""
+
+    salt_quota_bytes: Bytes | None = Field(default=None, gt=0)
+    """Most bytes of one `cache_salt` that this server keeps in each tier below host memory, of what
+    it has stored since it started; None: as many as there is room for."""
+
+    require_tiers: bool = False
+    """Don't start while a tier below host memory can't be used; with `false` it is tried again."""
 
     write_queue_bytes: Bytes = Field(default=1 << 30, gt=0)
-    """Host memory for segments on their way to disk and Redis; what doesn't fit is not written."""
+    """Most bytes on their way to tiers below host memory; what doesn't fit is not written."""
+
+    store_at_sight: int = Field(default=1, ge=1, le=2)
+    """When segments are written below host memory: 1, once they are computed; 2, once this server
+    has been asked for them again."""
 
     break_even: bool = True
     """Compute an image where that takes less time than reusing it, or loading it from a tier."""
 
     prefill_tokens_per_second: float | None = Field(default=None, gt=0.0)
     """Speed of computing, for `break_even`; None: measured."""
-
-    disk_bytes_per_second: Bytes | None = Field(default=None, gt=0)
-    """Speed of loading from disk, for `break_even`; None: measured."""
-
-    redis_bytes_per_second: Bytes | None = Field(default=None, gt=0)
-    """Speed of loading from Redis, for `break_even`; None: measured."""
 
     share_unsalted: bool = True
     """Requests without a `cache_salt` share their segments; with `false` they reuse nothing."""
@@ -127,6 +147,11 @@ class VLCacheConfig(BaseModel):
 
     lazy_decoding: bool = True
     """Decode an image that this process has decoded before only if its pixels are needed."""
+
+    @property
+    def tier_keys(self) -> list[str]:
+        """The keys that ask for storage below host memory, nearest first, of those that are set."""
+        return [key for key in _TIER_KEYS if getattr(self, key)]
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> VLCacheConfig:

@@ -8,6 +8,7 @@ vLLM seams: `KVConnectorBase_V1`, `SupportsHMA`
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -47,6 +48,7 @@ from .worker.worker import WorkerSide
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -57,8 +59,12 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-_HIT_SOURCES = {"cpu": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
-"""vLLM has no name for Redis, nor for claimed tokens that were computed."""
+_HIT_SOURCES = {
+    "cpu": CacheHitSource.HOST,
+    "fs": CacheHitSource.DISK,
+    "fs_native": CacheHitSource.DISK,
+}
+"""vLLM has no name for what is remote, nor for claimed tokens that were computed."""
 
 
 class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
@@ -97,7 +103,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return False
 
     def _make_scheduler_side(self) -> SchedulerSide:
-        vllm_config = self._vllm_config
+        vllm_config, events = self._vllm_config, self._vllm_config.kv_events_config
         check_identity(vllm_config, is_loaded=True)
         num_ranks = vllm_config.parallel_config.tensor_parallel_size
         shape = kv_shape(vllm_config)
@@ -121,6 +127,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             can_store=can_store(vllm_config),
             can_reuse=may_reuse(self._kv_transfer_config),
             num_ranks=num_ranks,
+            announces=bool(events is not None and events.enable_kv_cache_events),
         )
 
     # -- worker side ------------------------------------------------------------------------
@@ -278,6 +285,10 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler.update_from_report(
                 report if isinstance(report, StepReport) else StepReport()
             )
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """Which segments this node has got and lost since the last call."""
+        return () if self._scheduler is None else self._scheduler.take_events()
 
     def request_finished(
         self, request: Request, block_ids: list[int]

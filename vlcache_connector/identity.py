@@ -107,7 +107,7 @@ def check_identity(vllm_config: VllmConfig, *, is_loaded: bool) -> None:
         ConfigError: names the option, and what to do.
     """
     config, model, load = config_of(vllm_config), vllm_config.model_config, vllm_config.load_config
-    shared = [key for key in ("disk_path", "redis_url") if getattr(config, key) is not None]
+    shared = config.tier_keys
     if not shared or load.load_format == "dummy":
         return
     may_come = not is_loaded and _is_in_files(vllm_config) and not Path(model.model).exists()

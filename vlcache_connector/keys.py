@@ -15,6 +15,9 @@ from typing import Any
 FORMAT_VERSION = 2
 """Version of what is stored under a key; a change makes every older entry a clean miss."""
 
+_SALT_DIGITS = 16
+"""Enough to account by; names of files are limited."""
+
 
 def digest(parts: Mapping[str, Any]) -> str:
     """Hex SHA-256 over a JSON form of `parts` with sorted keys."""
@@ -39,7 +42,7 @@ def segment_key(
         salt: the request's `cache_salt`; None is a namespace of its own.
         text: offsets and ids of those of its tokens that take no encoder rows.
     """
-    return digest(
+    hashed = digest(
         {
             "v": FORMAT_VERSION,
             "id": identifier,
@@ -49,6 +52,12 @@ def segment_key(
             "text": text,
         }
     )
+    return hashed if salt is None else f"{hashed}.{digest({'salt': salt})[:_SALT_DIGITS]}"
+
+
+def salt_of(key: str) -> str:
+    """Digest of the salt that a content key is made with, hexadecimal; "": without one."""
+    return key.partition("/")[0].partition(".")[2]
 
 
 def encoder_key(identifier: str, *, fingerprint: str) -> str:

@@ -20,13 +20,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
+from .config import ADAPTER_TYPES
 from .protocol import TIERS, TTFTPart
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _PREFIX = "vllm:vlcache_"
-_BELOW = ("disk", "redis")
+_BELOW = ADAPTER_TYPES
 _KINDS = ("kv", "encoder")
 
 NOWHERE = "none"
@@ -36,7 +37,7 @@ OUTCOMES = {
     "hit": "its KV was reused",
     "miss": "it is stored nowhere",
     "late": "its fetch had not ended by `fetch_deadline_seconds`",
-    "skipped": "it was left where it is: the gate, `break_even` or an open circuit breaker",
+    "skipped": "it was left where it is: the gate, `break_even`, no room, or a tier left alone",
     "failed": "it could not be had, although it is there or may be",
 }
 """What became of looking for the KV of an image."""
@@ -50,19 +51,18 @@ REFUSALS = {
     "client_uuid": "a request with an image that the client has given a name",
     "unsupported": "a request that is left to plain vLLM (LoRA, embeddings, pooling, ...)",
     # Segments.
-    "late": "a segment that was not fetched in time",
-    "not_worth": "a segment that takes longer to load than to compute; each rank counts its own",
+    "late": "a segment that was not found and loaded in time",
+    "not_worth": "a segment that takes longer to load than to compute",
     "no_room": "a segment that host memory has no room for",
-    "queue_full": "a segment that is not written to the tiers; each rank counts its own",
+    "queue_full": "objects that are not written to a tier; each rank counts its own",
     # What was read from a tier; each rank counts its own.
     "format": "an object that is none of ours",
     "version": "an object of another version",
     "identity": "an object of another key or model",
     "shape": "an object of other sizes than it should have",
     "checksum": "an object whose content is damaged",
-    "damaged": "a value that a tier itself found damaged",
     # Calls of a tier; each rank counts its own.
-    "breaker": "a call that an open circuit breaker did not let through",
+    "left_alone": "a call of a tier that only costs",
 }
 """What was declined, by reason."""
 
@@ -77,13 +77,11 @@ FALLBACKS = {
     # Segments; each rank counts its own.
     "store": "a segment that was computed could not be stored",
     "canonical": "a canonical donor could not be computed",
-    "fetch": "a fetch ended with an error that is not the tier's",
+    "fetch": "a lookup or a load could not be begun",
     # Calls of a tier; each rank counts its own.
-    "tier_timeout": "a call of a tier was not done in time",
-    "tier_connection": "a tier was not reached",
-    "tier_auth": "a tier refused the credentials",
-    "tier_full": "a tier had no room",
-    "tier_other": "a call of a tier failed in another way",
+    "tier_lookup": "a lookup in a tier was not done in time",
+    "tier_load": "objects that a tier has could not be loaded",
+    "tier_store": "objects could not be written to a tier",
 }
 """What went wrong, by reason; each cost only reuse."""
 
@@ -98,15 +96,15 @@ PARTS: dict[TTFTPart, str] = {
     "queue": "from its arrival to its first step, without media, processor and staging",
     "media": "fetching and decoding its images; known where VLCache's media connector does it",
     "processor": "vLLM's processor, with its cache",
-    "staging": "waiting for segments from disk and Redis",
+    "staging": "waiting for segments from below host memory",
     "load": "opening what it reuses, rotating it and writing it to the paged cache",
     "sparse_prefill": "computing the other tokens of what it claims",
     "forward": "vLLM's own forwards of the steps up to its first token, without the encoder",
 }
 """The parts of a request's time to first token that are known, none within another."""
 
-BREAKER_STATES = ("closed", "half_open", "open")
-"""In the order of their numbers in `vllm:vlcache_breaker_state`."""
+GUARD_STATES = ("closed", "half_open", "open")
+"""In the order of their numbers in `vllm:vlcache_guard_state`."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ WRITTEN_BYTES = Metric(
 STORED_SEGMENTS = Metric(
     f"{_PREFIX}stored_segments_total",
     "counter",
-    "Segments that host memory took in, computed here or fetched from below.",
+    "Segments that host memory took in, computed here or loaded from below.",
     {"kind": _KINDS},
 )
 EVICTED_SEGMENTS = Metric(
@@ -222,10 +220,10 @@ STORED_BYTES = Metric(
     "Bytes of segments in host memory on one rank, those being written included.",
     {"kind": _KINDS},
 )
-BREAKER_STATE = Metric(
-    f"{_PREFIX}breaker_state",
+GUARD_STATE = Metric(
+    f"{_PREFIX}guard_state",
     "gauge",
-    "Circuit breaker of a tier: 0 closed, 1 half-open, 2 open. The worst of all ranks.",
+    "Guard of a tier: 0 closed, 1 half-open, 2 open: it is left alone. The worst of all ranks.",
     {"tier": _BELOW},
 )
 TIER_BYTES_PER_SECOND = Metric(
@@ -250,7 +248,7 @@ METRICS = (
     *(IMAGES, LOOKUPS, REUSED_TOKENS, RECOMPUTED_TOKENS, SPARSE_PREFILL_TOKENS),
     *(READ_BYTES, WRITTEN_BYTES, STORED_SEGMENTS, EVICTED_SEGMENTS),
     *(REFUSED, FELL_BACK, NET_SAVED_SECONDS, TTFT_PART_SECONDS),
-    *(PINNED_SEGMENTS, STORED_BYTES, BREAKER_STATE),
+    *(PINNED_SEGMENTS, STORED_BYTES, GUARD_STATE),
     *(TIER_BYTES_PER_SECOND, TIER_LATENCY_SECONDS, PREFILL_TOKENS_PER_SECOND),
 )
 """All of them."""

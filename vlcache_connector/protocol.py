@@ -26,8 +26,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from .store.header import Kind
-from .tiers.base import NoAnswer
+from .config import ADAPTER_TYPES
+from .storage.header import Kind
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ class Item:
     """Content key of its encoder rows (`keys.encoder_key`)."""
     embeds: tuple[Span, ...] | None = None
     """Offsets of the placeholder tokens that take encoder rows, in order; None: all of them do."""
+    identifier: str = ""
+    """What vLLM calls its content (`MultiModalFeatureSpec.identifier`)."""
+    salt: str | None = None
+    """The request's `cache_salt`."""
 
     @property
     def num_embeds(self) -> int:
@@ -319,18 +323,26 @@ class CanonicalPlan:
 
 
 @dataclass(frozen=True)
-class FetchPlan:
+class LookupPlan:
     """A segment that a request waits for, to be looked for in the tiers below host memory."""
 
     keys: tuple[str, ...]
     """Content keys that would do, best first. The first one also names the fetch."""
     kind: Kind
-    max_bytes: int
-    """Of a segment of this many tokens, per rank; a larger value is not what it says."""
-    saved_tokens: int
-    """Tokens that need not be computed once it is there; 0: not to be weighed."""
     num_tokens: int
     """Tokens, or encoder rows, that it must have."""
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """A segment that all ranks have found, to be brought to host memory."""
+
+    key: str
+    kind: Kind
+    num_tokens: int
+    """Tokens, or encoder rows, that it must have."""
+    seconds_left: float
+    """Until nobody waits for it any more."""
 
 
 TTFTPart = Literal["queue", "media", "processor", "staging", "load", "sparse_prefill", "forward"]
@@ -339,8 +351,11 @@ TTFTPart = Literal["queue", "media", "processor", "staging", "load", "sparse_pre
 Outcome = Literal["hit", "miss", "late", "skipped", "failed"]
 """What became of looking for the KV of an item."""
 
-TIERS = ("device", "cpu", "disk", "redis")
+TIERS = ("device", "cpu", *ADAPTER_TYPES)
 """Where segments may be, fastest first."""
+
+NoAnswer = Literal["skipped", "failed"]
+"""Why a tier did not say whether it has a segment: nobody asked it, or it did not answer."""
 
 
 def slowest(*tiers: str | None) -> str | None:
@@ -349,34 +364,41 @@ def slowest(*tiers: str | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """How a fetch ended. A segment that was found waits in the worker until it is admitted."""
+class Found:
+    """What a lookup found."""
 
     ranks: int
     """Ranks that this speaks for."""
-    key: str | None
-    """Content key of the segment that all of them found; None: some of them found none, or
-    another one."""
-    tier: str | None
-    """Slowest tier it was found in, or that gave no answer."""
-    num_bytes: int
-    """The most that a rank holds."""
+    tiers: dict[str, str]
+    """Content key of a segment that all of them found -> the slowest tier it is in."""
     no_answer: NoAnswer | None = None
-    """Of the ranks that found nothing, why they may have missed it; "failed" before "skipped"."""
+    """Why they may have missed one; "failed" before "skipped"."""
 
-    def merge(self, other: Fetched) -> Fetched:
-        """The same fetch on further ranks."""
-        same = self.key is not None and self.key == other.key
-        return Fetched(
+    def merge(self, other: Found) -> Found:
+        """The same lookup on further ranks."""
+        both = self.tiers.keys() & other.tiers.keys()
+        return Found(
             ranks=self.ranks + other.ranks,
-            key=self.key if same else None,
-            tier=slowest(self.tier, other.tier),
-            num_bytes=max(self.num_bytes, other.num_bytes),
-            no_answer=worse(self.no_answer, other.no_answer),
+            tiers={key: max(self.tiers[key], other.tiers[key], key=TIERS.index) for key in both},
+            no_answer=_worse(self.no_answer, other.no_answer),
         )
 
 
-def worse(a: NoAnswer | None, b: NoAnswer | None) -> NoAnswer | None:
+@dataclass(frozen=True)
+class Loaded:
+    """How a load ended."""
+
+    ranks: int
+    """Ranks that this speaks for."""
+    is_here: bool
+    """All of them have the segment in host memory."""
+
+    def merge(self, other: Loaded) -> Loaded:
+        """The same load on further ranks."""
+        return Loaded(self.ranks + other.ranks, self.is_here and other.is_here)
+
+
+def _worse(a: NoAnswer | None, b: NoAnswer | None) -> NoAnswer | None:
     """The one that says less about what is stored."""
     return "failed" if "failed" in (a, b) else a or b
 
@@ -417,11 +439,8 @@ class StepPlan(KVConnectorMetadata):
     cancelled: list[str] = field(default_factory=list)
     """Requests whose unfinished captures are given up (preempted)."""
     finished: list[str] = field(default_factory=list)
-    fetches: list[FetchPlan] = field(default_factory=list)
-    admitted: list[str] = field(default_factory=list)
-    """Fetches whose segments move to host memory now, before anything is loaded."""
-    unwanted: list[str] = field(default_factory=list)
-    """Fetches whose segments, if there are any, are thrown away."""
+    lookups: list[LookupPlan] = field(default_factory=list)
+    loads: list[LoadPlan] = field(default_factory=list)
     num_tokens: int = 0
     """Tokens that vLLM's own forward computes in this step."""
     prefilling: tuple[str, ...] = ()
@@ -483,8 +502,8 @@ class Laps(Protocol):
 class TierState:
     """What one rank makes of a tier below host memory."""
 
-    breaker: str
-    """State of its circuit breaker: "closed", "half_open" or "open"."""
+    guard: str
+    """Whether it is left alone because it only costs: "closed" (it is not), "half_open", "open"."""
     latency_seconds: float | None
     bytes_per_second: float | None
     """Of reading, as far as they are known."""
@@ -530,8 +549,10 @@ class StepReport(KVConnectorWorkerMetadata):
     lost: set[str] = field(default_factory=set)
     """KV segments that could not be stored, or were missing or refused at load, on some rank."""
     encoder: EncoderReport = field(default_factory=EncoderReport)
-    fetched: dict[str, Fetched] = field(default_factory=dict)
-    """Fetches that ended, by name."""
+    found: dict[str, Found] = field(default_factory=dict)
+    """Lookups that ended, by name."""
+    loaded: dict[str, Loaded] = field(default_factory=dict)
+    """Loads that ended, by content key."""
     figures: dict[str, PrefillFigures] = field(default_factory=dict)
     """Request -> what its sparse prefill did."""
     prefilling: tuple[str, ...] = ()
@@ -556,7 +577,8 @@ class StepReport(KVConnectorWorkerMetadata):
             self.stored
             or self.lost
             or not self.encoder.is_empty()
-            or self.fetched
+            or self.found
+            or self.loaded
             or self.figures
             or self.prefilling
             or self.events
@@ -583,11 +605,15 @@ class StepReport(KVConnectorWorkerMetadata):
         figures = dict(self.figures)
         for req_id, figure in other.figures.items():
             figures[req_id] = figures[req_id].merge(figure) if req_id in figures else figure
-        fetched = dict(self.fetched)
-        for name, found in other.fetched.items():
-            fetched[name] = fetched[name].merge(found) if name in fetched else found
+        found = dict(self.found)
+        for name, part in other.found.items():
+            found[name] = found[name].merge(part) if name in found else part
+        loaded = dict(self.loaded)
+        for key, end in other.loaded.items():
+            loaded[key] = loaded[key].merge(end) if key in loaded else end
         return StepReport(
-            fetched=fetched,
+            found=found,
+            loaded=loaded,
             stored=_add_counts(self.stored, other.stored),
             lost=self.lost | other.lost,
             encoder=self.encoder.aggregate(other.encoder),

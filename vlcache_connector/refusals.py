@@ -102,8 +102,8 @@ def _processor_cache(config: VllmConfig) -> str | None:
 
 def _lonely_role(config: VllmConfig) -> str | None:
     kv, own = own_transfer(config), config_of(config)
-    is_shared = own.disk_path is not None or own.redis_url is not None
-    return kv.kv_role if kv is not None and kv.kv_role != "kv_both" and not is_shared else None
+    is_lonely = kv is not None and kv.kv_role != "kv_both" and not own.tier_keys
+    return kv.kv_role if kv is not None and is_lonely else None
 
 
 def _other_encoder_role(config: VllmConfig) -> str | None:
@@ -142,7 +142,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "kv_role",
         _lonely_role,
-        "no tier that other servers share; set disk_path or redis_url, or kv_role=kv_both",
+        "no tier that other servers share; set disk_path, l2_adapters or redis_url, or "
+        "kv_role=kv_both",
     ),
     Refusal(
         "ec_role",

@@ -256,6 +256,7 @@ SEAMS: tuple[Seam, ...] = (
         get_block_ids_with_load_errors="",
         shutdown="",
         bind_kv_cache_manager="kv_cache_manager",
+        take_events="",
         on_new_request="request",
         get_num_new_matched_tokens="request num_computed_tokens",
         update_state_after_alloc="request blocks num_external_tokens",
@@ -496,6 +497,25 @@ SEAMS: tuple[Seam, ...] = (
         "vllm.utils.hashing:sha256",
         "vllm.sampling_params:SamplingParams",
     ),
+    _has("vllm.v1.core.block_pool:BlockPool", "scheduler/fence.py", "kv_event_queue"),
+    _has(
+        "vllm.distributed.kv_events:BlockStored",
+        "scheduler/fence.py",
+        "block_hashes token_ids block_size extra_keys",
+    ),
+    _has("vllm.distributed.kv_events:BlockRemoved", "scheduler/fence.py", "block_hashes"),
+    *_is_there("scheduler/fence.py", "vllm.distributed.kv_events:AllBlocksCleared"),
+    _takes(
+        "vllm.distributed.kv_events:BlockStored",
+        "scheduler/events.py",
+        "block_hashes parent_block_hash token_ids block_size lora_id medium lora_name extra_keys",
+    ),
+    _takes("vllm.distributed.kv_events:BlockRemoved", "scheduler/events.py", "block_hashes medium"),
+    _takes(
+        "vllm.v1.core.kv_cache_utils:maybe_convert_block_hash", "scheduler/events.py", "hash_bytes"
+    ),
+    _has("vllm.config:VllmConfig", "connector.py", "kv_events_config"),
+    _has("vllm.config:KVEventsConfig", "connector.py", "enable_kv_cache_events"),
     _takes(
         "vllm.v1.core.block_pool:BlockPool.get_new_blocks", "scheduler/canonical.py", "num_blocks"
     ),

@@ -146,6 +146,14 @@ def model_dtype(vllm_config: VllmConfig) -> torch.dtype:
     return dtype
 
 
+def encoder_width(vllm_config: VllmConfig) -> int:
+    """Entries of one encoder output row; deepstack models put several features side by side."""
+    model = vllm_config.model_config
+    vision = getattr(model.hf_config, "vision_config", None)
+    levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    return int(model.get_inputs_embeds_size()) * (1 + levels)
+
+
 def inert_reason(vllm_config: VllmConfig) -> str | None:
     """Why VLCache leaves every request to plain vLLM, or None when it is active."""
     model = vllm_config.model_config

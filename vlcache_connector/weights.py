@@ -3,8 +3,8 @@
 Weights change under a running engine: `reload_weights`, weight transfer from a trainer, sleeping
 with the weights discarded, a trainer in the engine's own process. Whatever may have changed them
 begins a new generation: what is kept in memory and what is under way is forgotten, and the workers
-compare the weights that they hold with those that they loaded before they use disk and Redis again,
-which are shared under the identity of the files.
+compare the weights that they hold with those that they loaded before they use what lies below host
+memory again, which is shared under the identity of the files.
 
 vLLM seams, patched: `EngineCore.collective_rpc` and `set_weight_version`
 (`vllm/v1/engine/core.py`), by which a running engine is told to do anything to its weights, and

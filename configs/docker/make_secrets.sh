@@ -26,7 +26,7 @@ printf 'vlcache:%s\n' "$password" >"$folder/redis_credentials"
 cat >"$folder/users.acl" <<ACL
 user default off
 user health on nopass resetkeys resetchannels -@all +ping
-user vlcache on #$hash resetkeys ~vlcache:* resetchannels -@all +ping +client|setinfo +getrange +set +unlink +scan +pttl +hset +hgetall +multi +exec
+user vlcache on #$hash resetkeys ~vlcache* resetchannels -@all +ping +client|setinfo +info +get +set +exists +del +getrange +strlen +pttl +scan +unlink
 ACL
 random >"$folder/grafana_admin_password"
 echo "Secrets are in $folder"

@@ -81,8 +81,8 @@ def state(llm: Any) -> dict[str, int]:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
     scheduler._segments.check_integrity()
     scheduler._encoder_rows.index.check_integrity()
-    worker._storage.host.check_integrity()
-    resident = [key for key, kind in worker._storage.host._resident if kind == "kv"]
+    worker._storage.engine.check_integrity()
+    resident = [key for key, kind in worker._storage.engine._resident if kind == "kv"]
     return {
         "requests": len(scheduler._requests) + len(scheduler._live),
         "captures": len(worker._capture),

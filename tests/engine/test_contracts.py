@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine, run
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 DONOR = Ask(f"seen before {IMAGE} here", ((501, 224),))
 
@@ -160,12 +160,12 @@ BY_LAYER = ("_model.run_layers", "_model.take_deepstack")
 """Of passes whose rows shrink from layer to layer."""
 
 
-NOT_CALLED = ("_storage.fetch", "_storage.free_device_memory")
+NOT_CALLED = ("_storage.look_up", "_storage.load", "_storage.free_device_memory")
 """There are no tiers below host memory, and nobody falls asleep."""
 
 
 def lose_encoder_rows(llm: Any) -> None:
-    host = sides(llm)[1]._storage.host
+    host = sides(llm)[1]._storage.engine
     for key, kind in list(host._resident):
         if kind == "encoder":
             host.remove(SegmentId(key, kind))

@@ -37,9 +37,9 @@ def store_state(llm: Any) -> tuple[set[str], int]:
     """Keys of the stored segments, and the bytes that the store uses."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    store = get_kv_transfer_group()._worker._storage.host
+    store = get_kv_transfer_group()._worker._storage.engine
     store.check_integrity()
-    return {key for key, kind in store._resident if kind == "kv"}, store.usage().bytes_used
+    return {key for key, kind in store._resident if kind == "kv"}, store.bytes_used
 
 
 def test_reuse_at_fifty_places_has_a_flat_error_and_stores_nothing(

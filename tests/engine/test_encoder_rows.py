@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.encoder import count_encoder_runs, forget_vllms_encoder_cache
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 A, B = (301, 224), (302, 336, 224)
 
@@ -24,7 +24,7 @@ def misplaced_rows(llm: Any) -> dict[str, set[str]]:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     index = scheduler.ec_connector._rows.index
     index.check_integrity()
-    host = get_ec_transfer()._rank.storage.host
+    host = get_ec_transfer()._rank.storage.engine
     ready = {key for key in index._entries if index.is_ready(key)}
     # What was evicted since the last step's plan is dropped in the next one.
     known = ready | set(index._evicted)
@@ -101,7 +101,7 @@ def ask_while_nothing_can_be_kept(llm: Any, ask: Ask) -> Answer:
 
     from tests.helpers.engine import run
 
-    host = get_ec_transfer()._rank.storage.host
+    host = get_ec_transfer()._rank.storage.engine
     original = host.put_encoder
     host.put_encoder = lambda key, rows: 0
     try:
@@ -205,7 +205,7 @@ def lose_rows(llm: Any) -> None:
     """The worker's store loses all encoder rows, and vLLM's own cache is emptied."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    host = get_kv_transfer_group()._worker._storage.host
+    host = get_kv_transfer_group()._worker._storage.engine
     for key, kind in list(host._resident):
         if kind == "encoder":
             host.remove(SegmentId(key, kind))

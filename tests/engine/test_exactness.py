@@ -12,7 +12,7 @@ import torch
 from vllm.platforms import current_platform
 
 from tests.helpers.engine import IMAGE, VIDEO, Answer, Ask, Engine
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 FULL = {"recompute_ratio": 1.0}
 A, B, C = (11, 224), (12, 336, 224), (13, 224)
@@ -151,7 +151,7 @@ def cold_then_warm(llm: Any, ask: Ask) -> tuple[list[Answer], np.ndarray, np.nda
     from vlcache_connector.worker import injection
 
     worker = get_kv_transfer_group()._worker
-    known = set(worker._storage.host._resident)
+    known = set(worker._storage.engine._resident)
     written: dict[str, Any] = {}
     original = injection.write_kv
 
@@ -160,7 +160,7 @@ def cold_then_warm(llm: Any, ask: Ask) -> tuple[list[Answer], np.ndarray, np.nda
         original(layer, key, value, slots)
 
     [cold] = run(llm, [ask])
-    [key] = [key for key, kind in set(worker._storage.host._resident) - known if kind == "kv"]
+    [key] = [key for key, kind in set(worker._storage.engine._resident) - known if kind == "kv"]
     injection.write_kv = spy
     try:
         [warm] = run(llm, [ask])

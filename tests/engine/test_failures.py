@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine, EngineError
 from tests.helpers.stored import put_kv
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 A, B = (71, 224), (72, 336, 224)
 _donors = itertools.count()
@@ -54,15 +54,15 @@ def sides(llm: Any) -> tuple[Any, Any]:
 def lose_a_segment(llm: Any) -> None:
     """The worker's store loses all that the scheduler side believes to be there."""
     _, worker = sides(llm)
-    for key, kind in list(worker._storage.host._resident):
+    for key, kind in list(worker._storage.engine._resident):
         if kind == "kv":
-            worker._storage.host.remove(SegmentId(key, "kv"))
+            worker._storage.engine.remove(SegmentId(key, "kv"))
 
 
 def store_another_shape(llm: Any) -> None:
     """Replace all segments by ones that are a token short."""
     _, worker = sides(llm)
-    for key, kind in list(worker._storage.host._resident):
+    for key, kind in list(worker._storage.engine._resident):
         if kind != "kv":
             continue
         with worker._storage.get(SegmentId(key, "kv")) as segment:
@@ -71,7 +71,7 @@ def store_another_shape(llm: Any) -> None:
                 for i in range(len(worker._model.layer_names))
             ]
             positions = segment.info.positions[:, :-1].clone()
-        assert put_kv(worker._storage.host, key, positions, layers) > 0
+        assert put_kv(worker._storage.engine, key, positions, layers) > 0
 
 
 def raise_fault(*args: Any, **kwargs: Any) -> Any:
@@ -136,8 +136,8 @@ def test_a_lost_segment_is_computed_instead(
 def lose_everything(llm: Any) -> None:
     """The worker's store loses all segments and encoder rows, unknown to the scheduler side."""
     _, worker = sides(llm)
-    for segment in list(worker._storage.host._resident):
-        worker._storage.host.remove(SegmentId(*segment))
+    for segment in list(worker._storage.engine._resident):
+        worker._storage.engine.remove(SegmentId(*segment))
 
 
 def test_lost_encoder_rows_are_computed_in_the_same_step(

@@ -113,7 +113,7 @@ def test_reloaded_weights_find_nothing_of_the_old_ones_and_publish_nothing_under
     # The first weights again: what is on the disk is theirs.
     engine.call(reload_weights, str(first), True)
     [back] = engine.ask(MOVED)
-    assert reused(back) == (reused(before)[0], "disk")
+    assert reused(back) == (reused(before)[0], "fs")
     np.testing.assert_allclose(back.logprobs, before.logprobs, rtol=0, atol=1e-4)
 
     in_flight = Ask(f"new {IMAGE}", ((173, 336),))
@@ -132,7 +132,7 @@ def test_two_paths_of_one_model_share_and_another_preprocessing_shares_nothing(
     mounted = start(shutil.copytree(tiny_model(), tmp_path / "mounted elsewhere"))
     [answer] = mounted.ask(MOVED)
     assert reused(answer)[0] > 0
-    assert reused(answer)[1] == "disk"
+    assert reused(answer)[1] == "fs"
     mounted.close()
 
     # The same weights with smaller images: 144 tokens at most.

@@ -13,7 +13,7 @@ import torch
 
 from tests.helpers.adapter import RANK, make_adapter
 from tests.helpers.engine import IMAGE, Answer, Ask, Engine, answer_of, request_of
-from vlcache_connector.store import SegmentId
+from vlcache_connector.storage.header import SegmentId
 
 PICTURE = (601, 224)
 DONOR = Ask(f"seen before {IMAGE} here", (PICTURE,))
@@ -103,7 +103,7 @@ def stored_kv(llm: Any) -> list[torch.Tensor]:
 
     worker = get_kv_transfer_group()._worker
     segments = []
-    for key, kind in list(worker._storage.host._resident):
+    for key, kind in list(worker._storage.engine._resident):
         if kind == "kv":
             with worker._storage.get(SegmentId(key, kind)) as segment:
                 layers = range(len(worker._model.layer_names))

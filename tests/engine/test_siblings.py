@@ -82,5 +82,5 @@ def test_a_producer_lets_nothing_approximate_out_through_its_siblings(
     finally:
         engine.close()
     assert warm.figures is not None
-    assert warm.figures["tier"] == "disk"
+    assert warm.figures["tier"] == "fs"
     assert warm.figures["reused_tokens"] > 0

@@ -43,16 +43,15 @@ def test_a_disk_path_that_can_not_be_written_to(
     message = refusal(tiny_model(), {"disk_path": path})
     assert message == (
         f"vlcache_connector.config.ConfigError: kv_connector_extra_config: disk_path={path!r}: "
-        "Not a directory; name a directory that this process can write to, with room in it, or "
-        "leave the disk tier out"
+        "Not a directory; name an empty directory, or one that does not exist yet"
     )
 
 
 def test_a_redis_that_does_not_answer(tiny_model: Callable[..., Path]) -> None:
     url = f"redis://127.0.0.1:{free_port()}"
-    message = refusal(tiny_model(), {"redis_url": url})
-    assert f"redis_url={url!r} can't be used: " in message
-    assert message.endswith("(connection); see to it that it can, or leave redis_url out")
+    message = refusal(tiny_model(), {"redis_url": url, "require_tiers": True})
+    assert f"redis_url={url!r} (valkey) is not there, and require_tiers=true: " in message
+    assert message.endswith("see to it that it answers, or set require_tiers=false")
 
 
 def test_budgets_above_memory(tiny_model: Callable[..., Path]) -> None:
@@ -71,8 +70,8 @@ def test_contradictory_roles(tiny_model: Callable[..., Path], tmp_path: Path) ->
 
     message = refusal(tiny_model(), {}, kv_transfer_config=transfer("kv_consumer"))
     assert message == (
-        "kv_role=kv_consumer: no tier that other servers share; set disk_path or redis_url, or "
-        "kv_role=kv_both"
+        "kv_role=kv_consumer: no tier that other servers share; set disk_path, l2_adapters or "
+        "redis_url, or kv_role=kv_both"
     )
     message = refusal(
         tiny_model(),

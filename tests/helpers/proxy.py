@@ -80,33 +80,38 @@ class Proxy:
 
 
 def make_certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
-    """A self-signed certificate of 127.0.0.1, and what a server with it uses."""
+    """The certificate of an authority, and what a server on 127.0.0.1 uses that it vouches for."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
     now = datetime.datetime.now(datetime.UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    certificate = (
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    names = [
+        x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        for name in ("test authority", "test")
+    ]
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    pem = serialization.Encoding.PEM
+    authority, server = (
         x509.CertificateBuilder()
         .subject_name(name)
-        .issuer_name(name)
+        .issuer_name(names[0])
         .public_key(key.public_key())
-        .serial_number(1)
+        .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
+        .add_extension(address, critical=False)
+        .add_extension(x509.BasicConstraints(ca=key is keys[0], path_length=None), critical=True)
+        .sign(keys[0], hashes.SHA256())
+        .public_bytes(pem)
+        for key, name in zip(keys, names, strict=True)
     )
-    path = folder / "server.pem"
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(
+    private = keys[1].private_bytes(
         pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    path.write_bytes(certificate.public_bytes(pem) + private)
+    (folder / "authority.pem").write_bytes(authority)
+    (folder / "server.pem").write_bytes(server + private)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    return path, context
+    context.load_cert_chain(folder / "server.pem")
+    return folder / "authority.pem", context

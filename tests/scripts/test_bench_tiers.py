@@ -1,5 +1,6 @@
 """Tests of scripts/bench_tiers.py."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -12,13 +13,14 @@ import pytest
 from PIL import Image
 
 from tests.helpers.script import run_script
+from vlcache_connector.config import ADAPTER_TYPES
 
 
 def _tiers(px: int, pair: int, **ttft: float) -> list[Any]:
     return [bench.Sample("tiers", how, how, px, 16, pair, t) for how, t in ttft.items()]
 
 
-def _gate(loads: bool, *rounds: tuple[float, float], source: str = "redis") -> list[Any]:
+def _gate(loads: bool, *rounds: tuple[float, float], source: str = "valkey") -> list[Any]:
     """Rounds of (TTFT with the KV loaded, with it computed)."""
     samples = []
     for pair, (load, compute) in enumerate(rounds):
@@ -47,8 +49,15 @@ def _document(samples: list[Any]) -> dict[str, Any]:
         "notes": [],
         "facts": {"tokens_per_second": 1000.0, "bytes_per_token": 16384},
         "bandwidth": [
-            {"what": "disk: get", "num_bytes": 10**6, "seconds": [0.001, 0.002, 0.004]},
-            {"what": "disk: get", "num_bytes": 10**7, "seconds": [0.01]},
+            {"what": "fs: get", "streams": 1, "num_bytes": 10**6, "seconds": [0.001, 0.002, 0.004]},
+            {"what": "fs: get", "streams": 1, "num_bytes": 10**7, "seconds": [0.01]},
+            {"what": "fs: get", "streams": 4, "num_bytes": 4 * 10**7, "seconds": [0.02]},
+        ],
+        "decoding": [
+            {"source": "fs", "pair": pair, "loads_per_second": rate, "gaps": gaps, "loads": loads}
+            | {"num_bytes": 10**6 * loads}
+            for pair in range(2)
+            for rate, gaps, loads in ((0.0, [0.01] * 10, 0), (10.0, [0.012] * 9 + [0.1], 2))
         ],
         "samples": [bench.asdict(sample) for sample in samples],
     }
@@ -56,15 +65,15 @@ def _document(samples: list[Any]) -> dict[str, Any]:
 
 def test_ratios_are_taken_within_rounds() -> None:
     samples = [
-        *_tiers(448, 0, cpu=1.0, redis=2.0, cold=4.0),
-        *_tiers(448, 1, cold=8.0, redis=2.0, cpu=1.0),
-        *_tiers(448, 2, redis=100.0),  # interrupted
+        *_tiers(448, 0, cpu=1.0, valkey=2.0, cold=4.0),
+        *_tiers(448, 1, cold=8.0, valkey=2.0, cpu=1.0),
+        *_tiers(448, 2, valkey=100.0),  # interrupted
         *_tiers(224, 0, cold=1.0, device=0.5),
     ]
     cells = bench.tier_cells(samples)
     assert [(cell.image_px, cell.how, cell.rounds) for cell in cells] == [
         *((224, "cold", 1), (224, "device", 1)),
-        *((448, "cold", 2), (448, "redis", 2), (448, "cpu", 2)),
+        *((448, "cold", 2), (448, "valkey", 2), (448, "cpu", 2)),
     ]
     assert cells[3].ratio == bench.Spread(0.375, 0.25, 0.5)
     assert cells[4].ttft == bench.Spread(1.0, 1.0, 1.0)
@@ -92,9 +101,9 @@ def test_the_gate_is_judged_by_what_was_faster() -> None:
 
 def test_plot_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = [
-        *_tiers(448, 0, cold=4.0, redis=2.0, disk=1.5, cpu=1.0, device=0.5),
+        *_tiers(448, 0, cold=4.0, valkey=2.0, fs=1.5, cpu=1.0, device=0.5),
         *_gate(True, (1.0, 2.0)),
-        *_gate(False, (1.0, 2.0), source="redis at 2.0 MB/s"),
+        *_gate(False, (1.0, 2.0), source="valkey at 2.0 MB/s"),
     ]
     path = tmp_path / "tiers.json"
     path.write_text(json.dumps(_document(samples)))
@@ -102,9 +111,11 @@ def test_plot_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(command) == 0
     page = (tmp_path / "tiers.md").read_text()
     assert page in capsys.readouterr().out
-    assert "| disk: get | 500 (250-1000); 2.0 ms | 1000 (1000-1000); 10.0 ms |" in page
-    assert "| 448 px | 16 | redis | 1 | 2.000 (2.000-2.000) | 0.500 (0.500-0.500) |" in page
-    assert "| redis at 2.0 MB/s | 448 px | - | 0.200 | 0.900 | 0.400 | 1.900 | 2.400 " in page
+    assert "| fs: get | 1 | 500 (250-1000); 2.0 ms | 1000 (1000-1000); 10.0 ms |" in page
+    assert "| fs: get | 4 |  | 2000 (2000-2000); 20.0 ms |" in page
+    assert "| fs | 9.6 | 10 | 12.0 | 100.0 | 100.0 | 1.20 (1.20-1.20) |" in page
+    assert "| 448 px | 16 | valkey | 1 | 2.000 (2.000-2.000) | 0.500 (0.500-0.500) |" in page
+    assert "| valkey at 2.0 MB/s | 448 px | - | 0.200 | 0.900 | 0.400 | 1.900 | 2.400 " in page
     assert "| compute | **wrong**, 50% lost |" in page
     assert "1 right, 0 close, 1 wrong" in page
     assert "interrupted" in page
@@ -144,8 +155,7 @@ def test_a_link_is_as_slow_for_all_connections_together() -> None:
 
         threading.Thread(target=answer, daemon=True).start()
         with bench.Link(server.getsockname()[1], 1e6) as link:
-            port = int(link.url.rpartition(":")[2])
-            clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+            clients = [socket.create_connection(("127.0.0.1", link.port)) for _ in range(2)]
             started = time.monotonic()
             for client in clients:
                 client.sendall(b"0123456789")
@@ -159,34 +169,47 @@ def test_a_link_is_as_slow_for_all_connections_together() -> None:
     assert 0.35 < seconds < 20
 
 
-def test_bandwidth(tmp_path: Path) -> None:
-    executable = bench.find_server()
-    redis = bench.LocalRedis(tmp_path) if executable else None
-    try:
-        if redis is not None:
-            redis.start()
-        url = redis.url if redis is not None else None
-        results = bench.measure_bandwidth(tmp_path / "disk", url, [1, 2], 2)
-    finally:
-        if redis is not None:
-            redis.kill()
-    places = ["host", "device", "disk"] + ["redis"] * (redis is not None)
-    operations = {result["what"] for result in results}
-    assert operations == {
-        *(f"{place}: {operation}" for place in places for operation in ("put", "get")),
-        *("disk: get, from the page cache", "host: check", "host: admit"),
-    }
-    assert len({result["num_bytes"] for result in results}) == 2
+def _is_missing(name: str) -> bool:
+    if name == "mooncake":
+        return bench.find_master() is None
+    return name in ("valkey", "resp") and not (bench.find_valkey() or bench.find_server())
+
+
+@pytest.mark.parametrize("name", [None, *ADAPTER_TYPES])
+def test_bandwidth(name: str | None, tmp_path: Path) -> None:
+    if name is not None and _is_missing(name):
+        pytest.skip(f"{name}: no server")
+    with contextlib.ExitStack() as stack:
+        servers = bench.Servers.start(stack, [name or ""], tmp_path)
+        assert not servers.missing
+        spec = servers.spec(name, tmp_path) if name else None
+        results = bench.measure_bandwidth(spec, [1, 2], 2)
+        if name in ("valkey", "resp"):
+            assert servers.redis is not None
+            assert servers.redis.client.dbsize() == 0
+    left = [path for folder in tmp_path.glob("fs*") for path in folder.rglob("*.data")]
+    assert left == []
+    operations = {(result["what"], result["streams"]) for result in results}
+    if name is None:
+        places = [f"{place}: {what}" for place in ("host", "device") for what in ("put", "get")]
+        assert operations == {*((what, 1) for what in places), ("copy", 1), ("copy", 4)}
+    else:
+        gets = ["get", "get, from the page cache"] if name.startswith("fs") else ["get"]
+        assert operations == {(f"{name}: {what}", n) for what in ("put", *gets) for n in (1, 4)}
     assert len(results) == 2 * len(operations)
     assert all(len(result["seconds"]) == 2 and min(result["seconds"]) > 0 for result in results)
+    sizes = {result["num_bytes"] / result["streams"] for result in results}
+    assert len(sizes) == 2
 
 
 def test_reduced_run(tmp_path: Path) -> None:
     output = tmp_path / "results" / "tiers"
+    adapters = ["fs"] if _is_missing("valkey") else ["valkey", "fs"]
     arguments = [
-        *("--size", "tiny"),
+        *("--size", "tiny", "--adapters", *adapters),
         *("--segments", "1", "--runs", "2", "--sizes", "224", "--rounds", "2"),
         *("--gate-sizes", "224", "448", "--gate-rounds", "1", "--link-speeds", "0.05"),
+        *("--decoding-steps", "40"),
         *("--output", str(output), "--cache-dir", str(tmp_path / "cache")),
     ]
     run_script("bench_tiers.py", *arguments)
@@ -195,24 +218,25 @@ def test_reduced_run(tmp_path: Path) -> None:
     assert document["complete"] is True
     assert document["facts"]["bytes_per_token"] > 0
     samples = [bench.Sample(**entry) for entry in document["samples"]]
-    with_redis = bench.find_server() is not None
-    places = {"cold", "disk", "cpu", "device"} | ({"redis"} if with_redis else set())
     cells = bench.tier_cells(samples)
-    assert {cell.how for cell in cells} == places
+    assert {cell.how for cell in cells} == {"cold", "cpu", "device", *adapters}
     assert all(cell.rounds == 2 and cell.image_tokens == 64 for cell in cells)
     gate = bench.gate_cells(samples)
-    assert len({cell.source for cell in gate}) == (3 if with_redis else 1)
+    assert len({cell.source for cell in gate}) == (3 if "valkey" in adapters else 1)
     assert {cell.image_px for cell in gate} == {224, 448}
     assert all(cell.read and cell.estimated_load and cell.estimated_compute for cell in gate)
-    if with_redis:
-        # Twenty times slower than computing, over the same Redis.
-        slow = [cell for cell in gate if " at " in cell.source]
-        assert slow
-        assert not any(cell.gate_loads for cell in slow)
-        for cell in slow:
-            assert cell.read is not None
-            assert cell.estimated_compute is not None
-            assert cell.read > 2 * cell.estimated_compute
+    # Twenty times slower than computing, over the same Redis.
+    slow = [cell for cell in gate if " at " in cell.source]
+    assert bool(slow) == ("valkey" in adapters)
+    assert not any(cell.gate_loads for cell in slow)
+    for cell in slow:
+        assert cell.read is not None
+        assert cell.estimated_compute is not None
+        assert cell.read > 2 * cell.estimated_compute
+    assert {entry["source"] for entry in document["decoding"]} == set(adapters)
+    for entry in document["decoding"]:
+        assert len(entry["gaps"]) == 40
+        assert bool(entry["loads"]) == bool(entry["loads_per_second"])
     assert "## Break-even" in output.with_name("tiers.md").read_text()
     with Image.open(output.with_name("tiers.png")) as picture:
         assert picture.format == "PNG"

@@ -258,7 +258,7 @@ def test_reduced_run(tmp_path: Path) -> None:
     output = tmp_path / "results" / "workload"
     arguments = [
         *("--size", "tiny"),
-        *("--image-px", "224", "--systems", "plain", "vlcache-disk"),
+        *("--image-px", "224", "--systems", "plain", "vlcache-fs"),
         *("--workloads", "window", "chat", "mixed", "--users", "2", "--turns", "2"),
         *("--images", "3", "--chats", "1", "--chat-turns", "3", "--mixed", "10"),
         *("--output-tokens", "2", "--rounds", "1"),
@@ -271,7 +271,7 @@ def test_reduced_run(tmp_path: Path) -> None:
     assert document["complete"] is True
     assert document["not_run"] == {}
     runs = {(run["workload"], run["system"]): run for run in document["runs"]}
-    systems = ["plain", "vlcache-disk", "again"]
+    systems = ["plain", "vlcache-fs", "again"]
     requests = {"window": 4, "chat": 3, "mixed": 10}
     assert set(runs) == set(itertools.product(requests, systems))
     for (workload, system), run in runs.items():
@@ -281,7 +281,7 @@ def test_reduced_run(tmp_path: Path) -> None:
         assert run["prompt_tokens"] == runs[workload, "plain"]["prompt_tokens"]
         if workload == "window":
             assert 192 * number < run["prompt_tokens"] < (192 + 256) * number
-        if system != "vlcache-disk":
+        if system != "vlcache-fs":
             # Prefix caching alone serves nothing but the later turns of a chat.
             is_whole = run["computed_tokens"] == run["prompt_tokens"]
             assert is_whole == (workload != "chat")
@@ -306,7 +306,7 @@ def test_reduced_run(tmp_path: Path) -> None:
     }
     page = output.with_name("workload.md").read_text()
     assert "### Window: 4 requests, 33% of the images known" in page
-    assert "| mixed | 7 text | vlcache-disk | 0." in page
+    assert "| mixed | 7 text | vlcache-fs | 0." in page
     with Image.open(output.with_name("workload.png")) as picture:
         assert picture.format == "PNG"
     left = {path.name for path in (tmp_path / "cache").iterdir()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import io
 import json
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,27 @@ import pytest
 import redis_proxy
 import stress
 import torch
+from local_mooncake import find_master
 from local_redis import LocalRedis, find_server
 from redis_proxy import RedisProxy
 from stress import Ask, Result
 
-from vlcache_connector.store import codec, header
-from vlcache_connector.tiers import Deadline, Name, RedisTier, TierError
+from tests.helpers.stored import (
+    MIB,
+    adapters_of,
+    fetch,
+    holds_random,
+    make_layout,
+    put_random,
+    wait_for,
+)
+from vlcache_connector.storage import codec, header
+from vlcache_connector.storage.engine import Lookup, SegmentEngine
+from vlcache_connector.storage.header import SegmentId
 
 needs_redis = pytest.mark.skipif(find_server() is None, reason="no redis-server")
-VARIANTS = [Name("kv", f"image/{ordinal}", 0, 1) for ordinal in range(4)]
-ROWS = Name("encoder", "image", 0, 1)
+needs_mooncake = pytest.mark.skipif(find_master() is None, reason="no mooncake_master")
+TOKENS = 100
 
 
 # -- the proxy ----------------------------------------------------------------------------------
@@ -43,10 +56,46 @@ def proxy(redis: LocalRedis) -> Iterator[RedisProxy]:
 
 
 @pytest.fixture
-def tier(proxy: RedisProxy) -> Iterator[RedisTier]:
-    tier = RedisTier(proxy.url, "default", 1000)
-    yield tier
-    tier.close()
+def engine(proxy: RedisProxy) -> Iterator[SegmentEngine]:
+    """With an adapter over the proxy."""
+    spec = {"type": "valkey", "startup_nodes": f"127.0.0.1:{proxy.port}", "request_timeout": 0.5}
+    engine = SegmentEngine(
+        make_layout(4, 2, 16), 8 * MIB, adapters_of(spec, fetch_deadline_seconds=4.0)
+    )
+    yield engine
+    engine.close()
+
+
+def store(engine: SegmentEngine, segment: SegmentId) -> bool:
+    """Whether a segment was written below host memory."""
+    engine.take_events()
+    assert put_random(engine, segment, TOKENS)
+    until = time.monotonic() + 20
+    [counts] = wait_for(lambda: ended(engine), until)
+    engine.remove(segment)
+    return counts["valkey.write.bytes"] > 0 and not counts["valkey.store.failed"]
+
+
+def ended(engine: SegmentEngine) -> list[Counter[str]]:
+    """What has become of a store, if it has ended."""
+    events = engine.take_events()
+    return [events] if any(".store." in e or ".write." in e for e in events) else []
+
+
+def look_up(engine: SegmentEngine, segment: SegmentId) -> bool:
+    """Whether a segment is found below host memory."""
+    engine.look_up([Lookup("", [segment], TOKENS)])
+    [answer] = wait_for(engine.take_looked_up, time.monotonic() + 5)
+    return segment.key in answer.tiers
+
+
+def load(engine: SegmentEngine, segment: SegmentId) -> bool:
+    """Whether a segment is loaded, as it was."""
+    engine.load(segment, TOKENS, time.monotonic() + 5)
+    [answer] = wait_for(engine.take_loaded, time.monotonic() + 10)
+    is_same = answer.is_here and holds_random(engine, segment, TOKENS)
+    engine.remove(segment)
+    return is_same
 
 
 def stored_object() -> bytes:
@@ -62,104 +111,84 @@ def stored_object() -> bytes:
 
 
 @needs_redis
-def test_the_proxy_tells_operations_apart(proxy: RedisProxy, tier: RedisTier) -> None:
+def test_the_proxy_tells_operations_apart(proxy: RedisProxy, engine: SegmentEngine) -> None:
     seen: list[Any] = []
 
     def spy(command: redis_proxy.Command, forward: redis_proxy.Forward) -> bytes:
         seen.append(command.operation)
         return forward(command.arguments)
 
-    def seen_in(call: Callable[..., Any], *arguments: Any) -> Any:
-        seen.clear()
-        call(*arguments, Deadline(5))
-        [operation] = set(seen)
-        return operation
-
     proxy.fault = spy
-    value = bytes(3 << 20)  # fetched in pieces
-    for name, candidates in ((VARIANTS[0], VARIANTS), (ROWS, [ROWS])):
-        assert seen_in(tier.sizes, candidates) == "lookup"
-        assert seen_in(tier.write, name, [value, b"small"]) == "store"
-        assert seen_in(tier.sizes, candidates) == "lookup"
-        assert seen_in(tier.read, name, 4 << 20) == "prefetch"
-    proxy.forget()
-    assert seen_in(tier.sizes, [ROWS]) == "lookup"
+    segment = SegmentId("image", "kv")
+    assert not look_up(engine, segment)
+    assert set(seen) == {"lookup"}
+    seen.clear()
+    assert store(engine, segment)
+    assert seen[-1] == "store"
+    seen.clear()
+    assert look_up(engine, segment)
+    assert set(seen) == {"lookup"}
+    seen.clear()
+    assert load(engine, segment)
+    assert set(seen) == {"lookup", "load"}
 
 
-OUTCOMES = {
-    "killed": "connection",
-    "stopped": "timeout",
-    "latency": "timeout",
-    "dropped": "connection",
-    "auth": "auth",
-}
-"""What the tier says of faults that end the call."""
+def test_replies_of_both_protocols_are_read_whole() -> None:
+    replies = [
+        *(b"+OK\r\n", b":1\r\n", b"$3\r\na\r\n\r\n", b"$-1\r\n", b"_\r\n", b"#t\r\n"),
+        *(b"*2\r\n$1\r\na\r\n*1\r\n:1\r\n", b"%1\r\n+a\r\n~1\r\n:1\r\n", b"*-1\r\n"),
+        *(b"=7\r\ntxt:abc\r\n", b">2\r\n+a\r\n+b\r\n", b"-ERR no\r\n", b"*0\r\n"),
+    ]
+    reader: Any = io.BufferedReader(io.BytesIO(b"".join(replies)))
+    assert [redis_proxy.read_reply(reader) for _ in replies] == replies
+    with pytest.raises(ConnectionError):
+        redis_proxy.read_reply(reader)
 
 
 @needs_redis
-@pytest.mark.parametrize("operation", redis_proxy.OPERATIONS)
-@pytest.mark.parametrize("name", matrix.FAULTS)
+@pytest.mark.parametrize(("name", "operation"), matrix.RedisStore.cells)
 def test_a_fault_strikes_its_operation_and_nothing_else_and_is_lifted(
     name: str,
     operation: redis_proxy.Operation,
     redis: LocalRedis,
     proxy: RedisProxy,
-    tier: RedisTier,
+    engine: SegmentEngine,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(matrix, "LATENCY_SECONDS", 0.6)
-    value = stored_object()
-    tier.write(ROWS, [value], Deadline(5))
-    proxy.forget()
-    other = Name("encoder", "another", 0, 1)
-
-    def lookup() -> bool:
-        return tier.sizes([ROWS], Deadline(0.4)) == [len(value)]
-
-    def prefetch() -> bool:
-        return tier.read(ROWS, 1 << 20, Deadline(0.4)) == [value]
-
-    def store() -> bool:
-        tier.write(other, [value], Deadline(0.4))
-        [read] = tier.read(other, 1 << 20, Deadline(0.4)) or [b""]
-        return read == value
-
-    calls = {"lookup": lookup, "prefetch": prefetch, "store": store}
+    known = SegmentId("known", "kv")
+    assert store(engine, known)
+    calls = {"lookup": look_up, "load": load, "store": store}
     strike = proxy.fault = matrix.Strike(name, operation, redis)
     for this, call in calls.items():
-        if this == "store":
-            tier.sizes([other], Deadline(0.4))  # as whoever stores has asked before
+        # A load looks for its objects first, and so does a store.
         if this == operation:
             break
         if operation != "lookup":
-            assert call()
+            assert call(engine, known)
             assert strike.count == 0
     before = redis.dump()
-    failed = []
-    for _ in range(20 if name == "dropped" else 1):
-        try:
-            if not calls[operation]():
-                failed.append("other bytes")
-        except TierError as error:
-            failed.append(error.fault)
+    attempts = [SegmentId(f"new {n}", "kv") if operation == "store" else known for n in range(8)]
+    attempts = attempts if name == "dropped" else attempts[:1]
+    succeeded = [calls[operation](engine, segment) for segment in attempts]
     assert strike.count > 0
-    if name in OUTCOMES:
-        assert OUTCOMES[name] in failed
-    elif name == "memory":
-        assert failed == (["full"] if operation == "store" else failed)
-        assert failed
-    elif operation != "lookup":
-        assert failed  # of a segment's description, only a change that shows is damage
+    if operation == "store" and name in ("flipped", "version"):
+        proxy.fault = None
+        assert fetch(engine, attempts[0], TOKENS) == "failed"  # what was written is refused
+        events = engine.take_events()
+        assert any(event.startswith("valkey.refused.") for event in events), events
+    elif name == "memory" and operation == "lookup":
+        assert redis.dump() == {}
+    elif name != "dropped":
+        assert not any(succeeded)
     proxy.fault = None
     strike.lift()
     redis.load(before)
-    proxy.forget()
-    recovered = []
-    for _ in range(6):  # connections that were cut are noticed when they are used
-        with contextlib.suppress(TierError):
-            tier.write(other, [value], Deadline(2))
-            recovered.append(tier.read(other, 1 << 20, Deadline(2)) == [value])
-    assert recovered.count(True) >= 2
+    until = time.monotonic() + 20  # connections are made anew; the guard may have opened
+    while fetch(engine, known, TOKENS) != "hit":
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert holds_random(engine, known, TOKENS)
 
 
 def test_another_version_has_a_valid_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +256,7 @@ class FakeEngine:
     spoil: Callable[[list[Result]], list[Result]] | None = None
     calls = 0
     recovers = True
+    opens = True
     leaks: Sequence[str] = ()
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -245,14 +275,14 @@ class FakeEngine:
         if function is stress.references:
             return [
                 [
-                    answer(1, reused=10 * choice, tier="redis")
+                    answer(1, reused=10 * choice, tier="valkey")
                     for choice in range(1 + bool(a.donors))
                 ]
                 for a in arguments[0]
             ]
         if function is stress.serve:
             results = [
-                answer(1, reused=10 * bool(ask.donors), tier="redis" if ask.donors else None)
+                answer(1, reused=10 * bool(ask.donors), tier="valkey" if ask.donors else None)
                 for ask in arguments[0]
             ]
             if on_progress is not None:
@@ -262,16 +292,17 @@ class FakeEngine:
                     return self.spoil(results)
             return results
         if function is matrix.recover:
-            return (0.1 if self.recovers else None), [answer(1, reused=10, tier="redis")]
-        return {stress.happened: {"redis.sizes.timeout": self.calls}}.get(
+            return (0.1 if self.recovers else None), [answer(1, reused=10, tier="valkey")]
+        counts = {"valkey.lookup.late": self.calls, "valkey.guard.open": self.opens * self.calls}
+        return {stress.happened: counts}.get(
             function, list(self.leaks) if function is stress.violations else None
         )
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
-    fake = type("Fake", (FakeEngine,), {})
-    monkeypatch.setattr(matrix, "EngineProcess", fake)
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+    made = type("Fake", (FakeEngine,), {})
+    monkeypatch.setattr(matrix, "EngineProcess", made)
     monkeypatch.setattr(matrix, "make_tiny_model", lambda path: path)
     # Nothing passes through the proxy here.
     monkeypatch.setattr(matrix.Strike, "count", 1, raising=False)
@@ -282,12 +313,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
         self.count = 1
 
     monkeypatch.setattr(matrix.Strike, "__init__", make)
-    return fake
+    return made
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
     paths = ["--output", str(folder / "results" / "matrix"), "--cache-dir", str(folder / "cache")]
-    return [*paths, "--requests", "20", "--faults", "killed", "auth", *more]
+    return [*paths, "--requests", "20", "--stores", "redis", "--faults", "killed", "auth", *more]
 
 
 def cells_of(folder: Path) -> list[dict[str, Any]]:
@@ -298,11 +329,11 @@ def cells_of(folder: Path) -> list[dict[str, Any]]:
 
 @needs_redis
 def test_all_cells_are_measured_and_shown(
-    engine: type[FakeEngine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake: type[FakeEngine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert matrix.main(arguments(tmp_path)) == 0
     cells = cells_of(tmp_path)
-    assert [(cell["fault"], cell["operation"]) for cell in cells] == [
+    assert [(cell["fault"], cell["at"]) for cell in cells] == [
         ("none", ""),
         *((fault, at) for fault in ("killed", "auth") for at in redis_proxy.OPERATIONS),
     ]
@@ -322,8 +353,17 @@ def hung_request(results: list[Result]) -> list[Result]:
     return [*results[:3], Result("hung"), *results[4:]]
 
 
+def waiting_requests(results: list[Result]) -> list[Result]:
+    waited = {"ttft_part_seconds": {"staging": 1.0}}
+    return [dataclasses.replace(r, figures={**r.figures, **waited}) for r in results]
+
+
+def failed_request(results: list[Result]) -> list[Result]:
+    return [*results[:3], dataclasses.replace(results[3], status="failed"), *results[4:]]
+
+
 def slow_requests(results: list[Result]) -> list[Result]:
-    return [dataclasses.replace(result, ttft=1.5) for result in results]
+    return [dataclasses.replace(result, ttft=2.5) for result in results]
 
 
 def crash(results: list[Result]) -> list[Result]:
@@ -340,54 +380,68 @@ def hang(results: list[Result]) -> list[Result]:
     [
         ({"spoil": staticmethod(wrong_answer)}, "1 answers differ"),
         ({"spoil": staticmethod(hung_request)}, "1 requests hung"),
-        ({"spoil": staticmethod(slow_requests)}, "1.49 s were added at p95"),
+        ({"spoil": staticmethod(failed_request)}, "1 requests failed"),
+        ({"spoil": staticmethod(slow_requests)}, "2.49 s were added at p95"),
+        (
+            {"spoil": staticmethod(waiting_requests)},
+            "requests waited 1.00 s longer, at the median, once the guard had seen enough",
+        ),
+        ({"opens": False}, "all reads failed, and the guard did not open"),
         ({"spoil": staticmethod(crash)}, "the engine crashed: ValueError: of the engine"),
         ({"spoil": staticmethod(hang)}, "22 requests hung"),
     ],
-    ids=["wrong answer", "hung request", "slow", "crash", "hung engine"],
+    ids=[
+        *("wrong answer", "hung request", "failed request", "slow", "waits", "no guard", "crash"),
+        "hung engine",
+    ],
 )
 def test_a_violation_fails_its_cell(
-    engine: type[FakeEngine],
+    fake: type[FakeEngine],
     tmp_path: Path,
     change: dict[str, Any],
     expected: str,
 ) -> None:
-    engine.spoil = change["spoil"]
-    assert matrix.main(arguments(tmp_path, "--operations", "lookup")) == 1
+    for name, value in change.items():
+        setattr(fake, name, value)
+    assert matrix.main(arguments(tmp_path, "--at", "lookup")) == 1
     for cell in cells_of(tmp_path):
-        assert expected in cell["problems"]
+        if fake.opens or cell["fault"] != matrix.NO_FAULT:
+            assert expected in cell["problems"]
     assert f"- {expected}" in (tmp_path / "results" / "matrix.md").read_text()
 
 
 @needs_redis
 def test_an_engine_that_is_wrong_without_a_fault_ends_the_run(
-    engine: type[FakeEngine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake: type[FakeEngine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine.leaks = ["read handles: 1 held"]
+    fake.leaks = ["read handles: 1 held"]
     assert matrix.main(arguments(tmp_path)) == 1
     assert "without a fault: read handles: 1 held" in capsys.readouterr().err
-    engine.leaks, engine.recovers = (), False
+    fake.leaks, fake.recovers = (), False
     assert matrix.main(arguments(tmp_path)) == 1
-    assert "nothing came from Redis" in capsys.readouterr().err
+    assert "nothing was loaded" in capsys.readouterr().err
 
 
 @needs_redis
-def test_an_interrupted_run_continues(engine: type[FakeEngine], tmp_path: Path) -> None:
+def test_an_interrupted_run_continues(fake: type[FakeEngine], tmp_path: Path) -> None:
     def interrupt(results: list[Result]) -> list[Result]:
-        if engine.calls == 5:
+        if fake.calls == 5:
             raise KeyboardInterrupt
         return results
 
-    engine.spoil = staticmethod(interrupt)
+    fake.spoil = staticmethod(interrupt)
     assert matrix.main(arguments(tmp_path)) == 130
-    engine.calls, engine.spoil = 0, None
+    fake.calls, fake.spoil = 0, None
     assert matrix.main(arguments(tmp_path)) == 0
-    assert engine.calls == 2 + 7 - 2
+    assert fake.calls == 2 + 7 - 2
     assert len(cells_of(tmp_path)) == 7
 
 
 def test_wrong_command_lines_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--requests", "5"], ["--faults", "fire"], ["--operations", "eviction"]):
+    for words in (
+        *(["--requests", "5"], ["--faults", "fire"]),
+        *(["--at", "eviction"], ["--stores", "s3"]),
+    ):
         with pytest.raises(SystemExit) as ended:
             matrix.main(words)
         assert ended.value.code == 2
@@ -399,18 +453,29 @@ def test_wrong_command_lines_are_refused(capsys: pytest.CaptureFixture[str]) -> 
 
 @needs_redis
 def test_a_real_engine_stands_a_few_cells(tmp_path: Path) -> None:
-    words = arguments(tmp_path, "--operations", "prefetch", "store")
-    words[words.index("--requests") + 1] = "40"
+    words = arguments(tmp_path, "--at", "load")
+    words[words.index("--requests") + 1] = "60"
     assert matrix.main([*words, "--faults", "stopped", "version"]) == 0
-    cells = {(cell["fault"], cell["operation"]): cell for cell in cells_of(tmp_path)}
-    assert len(cells) == 5
+    cells = {(cell["fault"], cell["at"]): cell for cell in cells_of(tmp_path)}
+    assert len(cells) == 3
     for cell in cells.values():
-        assert cell["requests"] == 40 + 4 + 1
+        assert cell["requests"] == 60 + 6 + 1
         assert cell["aborted"] > 0
     # Something was struck, and something came through all the same.
-    assert cells["none", ""]["reused"] > cells["version", "prefetch"]["reused"] > 0
-    for operation in ("prefetch", "store"):
-        assert cells["version", operation]["counters"]["redis.read.refused_version"] > 0
+    assert cells["none", ""]["reused"] > cells["version", "load"]["reused"] > 0
+    assert cells["version", "load"]["counters"]["valkey.refused.version"] > 0
+    assert cells["stopped", "load"]["opened"] > 0
+    assert cells["none", ""]["opened"] == 0
+
+
+@needs_mooncake
+def test_a_real_engine_stands_a_node_that_is_killed(tmp_path: Path) -> None:
+    words = ["--stores", "mooncake", "--faults", "killed", "--at", "node", "--requests", "60"]
+    paths = ["--output", str(tmp_path / "results" / "matrix"), "--cache-dir", str(tmp_path / "c")]
+    assert matrix.main([*words, *paths]) == 0
+    none, killed = cells_of(tmp_path)
+    assert none["reused"] > killed["reused"]
+    assert killed["opened"] > 0
 
 
 def answer_wrongly(llm: Any, tell: stress.Tell) -> None:

@@ -1,4 +1,4 @@
-"""`vlcache doctor` on this machine, against a real Redis and real disks."""
+"""`vlcache doctor` on this machine, with real adapters, servers and disks."""
 
 from __future__ import annotations
 
@@ -69,21 +69,28 @@ def test_tiers_are_measured_and_left_as_they_were(
     doctor: Doctor, redis_server: Callable[..., LocalRedis], tmp_path: Path
 ) -> None:
     redis = redis_server(maxmemory="256mb", maxmemory_policy="allkeys-lru")
+    (tmp_path / "native").mkdir()
     status, rows, lines = doctor(
-        redis_url=redis.url, disk_path=str(tmp_path / "segments"), disk_bytes="1MiB"
+        redis_url=redis.url,
+        disk_path=str(tmp_path / "segments"),
+        disk_bytes="1MiB",
+        l2_adapters=[
+            {"type": "fs_native", "base_path": str(tmp_path / "native")},
+            {"type": "resp", "host": "127.0.0.1", "port": redis.port},
+        ],
     )
     assert (status, lines) == (0, [])
-    for tier in ("disk", "redis"):
+    for tier in ("fs", "fs_native", "resp", "valkey"):
         for what in ("", " latency", " write", " bandwidth"):
             assert rows[f"{tier}{what}"]["result"] == "ok"
         assert float(rows[f"{tier} latency"]["found"].removesuffix(" ms")) > 0
         rates = re.findall(r"(\d+) MB/s", rows[f"{tier} bandwidth"]["found"])
         assert len(rates) == 2
         assert all(float(rate) > 0 for rate in rates)
-    assert rows["redis TLS"]["result"] == "ok"
-    assert rows["redis memory"]["found"] == "maxmemory 256.0 MiB, allkeys-lru"
+    assert rows["valkey TLS"]["result"] == "ok"
+    assert rows["valkey memory"]["found"] == "maxmemory 256.0 MiB, allkeys-lru"
     assert redis.dump() == {}
-    assert not [path for path in (tmp_path / "segments").rglob("*") if path.is_file()]
+    assert [path.name for path in tmp_path.rglob("*") if "redis" not in str(path)] == ["native"]
 
 
 def test_a_redis_that_will_be_full_is_a_warning(
@@ -91,17 +98,31 @@ def test_a_redis_that_will_be_full_is_a_warning(
 ) -> None:
     status, rows, _ = doctor(redis_url=redis_server(maxmemory="256mb").url)
     assert status == 0
-    assert rows["redis memory"]["result"] == "warning"
-    assert "allkeys-lru" in rows["redis memory"]["remedy"]
+    assert rows["valkey memory"]["result"] == "warning"
+    assert "allkeys-lru" in rows["valkey memory"]["remedy"]
 
 
-def test_a_redis_that_is_not_there(doctor: Doctor) -> None:
-    url = f"redis://127.0.0.1:{free_port()}"
-    status, rows, [line] = doctor(redis_url=url)
+def test_a_redis_that_is_full(doctor: Doctor, redis_server: Callable[..., LocalRedis]) -> None:
+    status, rows, [line] = doctor(redis_url=redis_server(maxmemory="2mb").url)
     assert status == 1
-    assert "redis write" not in rows
-    assert line.startswith(f"vlcache doctor: redis: redis_url={url!r} can't be used: ")
-    assert line.endswith("(connection); see to it that it can, or leave redis_url out")
+    assert rows["valkey"]["result"] == "ok"
+    assert line.startswith("vlcache doctor: valkey write: OutOfMemoryError: ")
+    assert line.endswith("see that there is room")
+
+
+@pytest.mark.parametrize("kind", ["valkey", "resp"])
+def test_a_redis_that_is_not_there(doctor: Doctor, kind: str) -> None:
+    port = free_port()
+    if kind == "valkey":
+        status, rows, [line] = doctor(redis_url=f"redis://127.0.0.1:{port}")
+    else:
+        status, rows, [line] = doctor(
+            l2_adapters=[{"type": "resp", "host": "127.0.0.1", "port": port}]
+        )
+    assert status == 1
+    assert f"{kind} write" not in rows
+    assert line.startswith(f"vlcache doctor: {kind}: ")
+    assert line.endswith("; see to it that it answers")
 
 
 def test_a_wrong_password(
@@ -111,7 +132,7 @@ def test_a_wrong_password(
     monkeypatch.setenv("VLCACHE_REDIS_PASSWORD", "wr0ng")
     status, rows, [line] = doctor(redis_url=redis.url)
     assert status == 1
-    assert "(auth); put who to log in as into VLCACHE_REDIS_USERNAME and" in line
+    assert "put who to log in as into VLCACHE_REDIS_USERNAME and" in line
     assert not {"hunter2", "wr0ng"} & set(re.findall(r"\w+", line + str(rows)))
     monkeypatch.setenv("VLCACHE_REDIS_PASSWORD", "hunter2")
     status, rows, _ = doctor(redis_url=redis.url)
@@ -119,28 +140,45 @@ def test_a_wrong_password(
     assert "hunter2" not in str(rows)
 
 
-def test_a_redis_that_can_only_be_read(
-    doctor: Doctor, redis_server: Callable[..., LocalRedis]
+def test_a_user_that_may_only_read(
+    doctor: Doctor, redis_server: Callable[..., LocalRedis], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replica = redis_server(replicaof=f"127.0.0.1 {redis_server().port}")
-    status, rows, [line] = doctor(redis_url=replica.url)
+    redis = redis_server()
+    rules = {"passwords": ["+hunter2"], "keys": ["vlcache*"], "categories": ["+@all", "-@write"]}
+    redis.client.acl_setuser("reader", enabled=True, **rules)
+    monkeypatch.setenv("VLCACHE_REDIS_USERNAME", "reader")
+    monkeypatch.setenv("VLCACHE_REDIS_PASSWORD", "hunter2")
+    status, rows, [line] = doctor(redis_url=redis.url)
     assert status == 1
-    assert line.startswith("vlcache doctor: redis write: ReadOnlyError")
-    status, rows, _ = doctor(redis_url=replica.url, kv_role="kv_consumer")
+    assert line.startswith("vlcache doctor: valkey write: NoPermissionError")
+    status, rows, _ = doctor(redis_url=redis.url, kv_role="kv_consumer")
     assert status == 0
-    assert rows["redis write"]["result"] == "warning"
+    assert rows["valkey write"]["result"] == "warning"
 
 
-def test_a_disk_that_can_not_be_written_to(doctor: Doctor, tmp_path: Path) -> None:
+def test_a_directory_that_is_not_fit(doctor: Doctor, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in ("/proc/segments", str(tmp_path / "file" / "segments")):
+    for path, problem in (
+        ("/proc/segments", "No such file"),
+        (str(tmp_path / "file" / "segments"), "Not a directory"),
+        (str(tmp_path), "it holds 'file', which is not ours"),
+    ):
         status, _, [line] = doctor(disk_path=path)
         assert status == 1
-        assert line.startswith(f"vlcache doctor: disk: disk_path={path!r}: No")
-        assert line.endswith(
-            "; name a directory that this process can write to, with room in it, or leave the disk "
-            "tier out"
-        )
+        assert line.startswith(f"vlcache doctor: fs: disk_path={path!r}: {problem}")
+        assert line.endswith("; name an empty directory, or one that does not exist yet")
+
+
+def test_less_room_than_the_budget_is_a_warning(doctor: Doctor, tmp_path: Path) -> None:
+    status, rows, _ = doctor(disk_path=str(tmp_path / "segments"), disk_bytes="1000TiB")
+    assert status == 0
+    assert rows["disk space"]["result"] == "warning"
+
+
+def test_an_adapter_that_there_is_not(doctor: Doctor) -> None:
+    status, _, [line] = doctor(l2_adapters=[{"type": "nonsense"}])
+    assert status == 1
+    assert "l2_adapters[0].type='nonsense'" in line
 
 
 def test_budgets_above_memory(doctor: Doctor) -> None:
@@ -188,10 +226,10 @@ def test_a_vllm_that_can_not_be_imported(
     assert status == 1
     assert line.startswith("vlcache doctor: vllm import: ModuleNotFoundError")
     assert rows["seams"]["found"] == rows["memory"]["found"] == "not checked"
-    assert rows["disk bandwidth"]["result"] == "ok"
+    assert rows["fs bandwidth"]["result"] == "ok"
 
 
-@pytest.mark.parametrize("name", ["gpu", "cpu", "redis", "consumer"])
+@pytest.mark.parametrize("name", ["gpu", "cpu", "redis", "consumer", "mooncake"])
 def test_files_of_vllm_serve_are_read(name: str) -> None:
     options = Options.read(CONFIGS / f"{name}.yaml")
     assert options.transfer["kv_connector"] == "VLCacheConnector"

@@ -92,40 +92,40 @@ def test_a_servers_metrics_agree_with_its_answers(server: VLLMServer, client: ht
     first, second = (image_part(make_image(seed, 224)) for seed in (15, 16))
     idle = serving.scrape()
     assert idle.by(metrics.LOOKUPS) == {}
-    assert idle(metrics.BREAKER_STATE.name, tier="disk") == 0
-    assert ("disk",) in {
-        tuple(s.labels[label] for label in metrics.BREAKER_STATE.labels)
-        for s in idle.samples
-        if s.name == metrics.BREAKER_STATE.name
-    }
 
     serving.ask("a new one", first)
     serving.ask("the same elsewhere, and another new one", first, text_part("and"), second)
     serving.ask("named by the client", {**second, "uuid": "holiday.png"})
     deadline = time.monotonic() + 60
-    while (scraped := serving.scrape())(metrics.WRITTEN_BYTES.name, tier="disk") < scraped(
+    while (scraped := serving.scrape())(metrics.WRITTEN_BYTES.name, tier="fs") < scraped(
         metrics.STORED_BYTES.name
     ):
         assert time.monotonic() < deadline
     assert scraped.by(metrics.LOOKUPS) == {("none", "miss"): 2, ("cpu", "hit"): 1}
     assert scraped.by(metrics.STORED_SEGMENTS) == {("kv",): 2, ("encoder",): 2}
     assert scraped.by(metrics.REFUSED) == {("client_uuid",): 1}
+    assert scraped(metrics.GUARD_STATE.name, tier="fs") == 0
+    assert ("fs",) in {
+        tuple(s.labels[label] for label in metrics.GUARD_STATE.labels)
+        for s in scraped.samples
+        if s.name == metrics.GUARD_STATE.name
+    }
     assert scraped(metrics.READ_BYTES.name) == 0
 
     serving.reset()
     figures = serving.ask("out of the disk, at yet another place", second, text_part("x"), first)
     assert figures is not None
-    assert figures["tier"] == "disk"
+    assert figures["tier"] == "fs"
     scraped = serving.scrape()
     assert scraped.by(metrics.LOOKUPS) == {
         ("none", "miss"): 2,
         ("cpu", "hit"): 1,
-        ("disk", "hit"): 2,
+        ("fs", "hit"): 2,
     }
     assert scraped.by(metrics.STORED_SEGMENTS) == {("kv",): 4, ("encoder",): 4}
     assert scraped.by(metrics.EVICTED_SEGMENTS) == {}  # what was reset had not to make room
     assert scraped.by(metrics.FELL_BACK) == {}
-    assert scraped(metrics.READ_BYTES.name, tier="disk") >= figures["reused_tokens"]
+    assert scraped(metrics.READ_BYTES.name, tier="fs") >= figures["reused_tokens"]
     assert scraped(metrics.PINNED_SEGMENTS.name) == 0
 
     def total(figure: str, **equal: str) -> float:
@@ -154,8 +154,8 @@ def test_a_servers_metrics_agree_with_its_answers(server: VLLMServer, client: ht
     assert scraped(metrics.NET_SAVED_SECONDS.name) < claimed / speed
     # A small segment may take as long as a large one: then all of it is latency.
     assert (
-        scraped(metrics.TIER_BYTES_PER_SECOND.name, tier="disk")
-        + scraped(metrics.TIER_LATENCY_SECONDS.name, tier="disk")
+        scraped(metrics.TIER_BYTES_PER_SECOND.name, tier="fs")
+        + scraped(metrics.TIER_LATENCY_SECONDS.name, tier="fs")
         > 0
     )
 
@@ -170,7 +170,7 @@ def test_a_servers_metrics_agree_with_its_answers(server: VLLMServer, client: ht
     }
     assert sources == {
         "host": total("reused_tokens", tier="cpu"),
-        "disk": total("reused_tokens", tier="disk"),
+        "disk": total("reused_tokens", tier="fs"),
         "external_unspecified": computed,
     }
 

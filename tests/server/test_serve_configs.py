@@ -20,6 +20,7 @@ from serving import (
 )
 
 from tests.helpers.deployment import CONFIGS, SMALL, with_options
+from vlcache_connector.storage.header import FORMAT_VERSION
 
 
 def ask(client: httpx.Client, server: VLLMServer, text: str, seed: int) -> Answer:
@@ -55,23 +56,25 @@ def test_servers_share_images_through_redis(
         return serve(copy, tmp_path / f"{name}.log", **env)
 
     def keys() -> set[bytes]:
-        return {key for key in redis.client.scan_iter() if not key.endswith(b":models")}
+        return set(redis.client.scan_iter())
 
     with make_client() as client, server("redis", write_queue_bytes="64MiB") as first:
         ask(client, first, "What is this?", seed=2)
         until = time.monotonic() + 30
-        while not any(b":kv:" in key for key in keys()) and time.monotonic() < until:
+        # Its encoder rows, and its KV.
+        while len(keys()) < 2 and time.monotonic() < until:
             time.sleep(0.1)
         again = ask(client, first, "Now in other words: what is in the picture?", seed=2)
         assert figure(again, "reused_tokens") > 0
         assert figure(again, "tier") == "cpu"
     stored = keys()
-    assert any(key.startswith(b"vlcache:production:kv:") for key in stored)
+    assert len(stored) == 2
+    assert all(key.startswith(f"vlcache{FORMAT_VERSION}-production-".encode()) for key in stored)
 
     with make_client() as client, server("consumer") as second:
         known = ask(client, second, "Seen by the other server. What is it?", seed=2)
         assert figure(known, "reused_tokens") == figure(again, "reused_tokens")
-        assert figure(known, "tier") == "redis"
+        assert figure(known, "tier") == "valkey"
         ask(client, second, "What is this?", seed=3)
         new = ask(client, second, "And once more, what is this?", seed=3)
         assert figure(new, "reused_tokens") == 0

@@ -90,7 +90,10 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
     "device_bytes": [(-1, "greater than or equal to 0"), (1.5, _INTEGER), (None, _INTEGER)],
     "disk_path": [(value, "valid string") for value in (0, True, ["/tmp"])],
     "disk_bytes": _BYTES,
+    "l2_adapters": [(value, "valid list") for value in (None, "fs", {"type": "fs"}, True)],
+    "lmcache_config_file": [(value, "valid string") for value in (0, True, ["lmcache.yaml"])],
     "redis_url": [(value, "valid string") for value in (6379, True, ["redis://a"])],
+    "encryption_key_file": [(value, "valid string") for value in (0, True, ["key"])],
     "redis_tls_ca_file": [(value, "valid string") for value in (0, True, ["ca.pem"])],
     "deployment": [
         *((value, "should match pattern") for value in ("", "a/b", "a b", "a*", "x" * 65)),
@@ -98,11 +101,16 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
     ],
     "ttl_seconds": [(0, "greater than 0"), (-1, "greater than 0"), (1.5, _INTEGER)],
     "fetch_deadline_seconds": [(0, "greater than 0"), (-0.1, "greater than 0"), ("1", _NUMBER)],
+    "require_tiers": _SWITCH,
     "write_queue_bytes": _BYTES,
+    "store_at_sight": [
+        (0, "greater than or equal to 1"),
+        (3, "less than or equal to 2"),
+        (1.5, _INTEGER),
+    ],
+    "salt_quota_bytes": [(0, "greater than 0"), (1.5, _INTEGER)],
     "break_even": _SWITCH,
     "prefill_tokens_per_second": [(0, "greater than 0"), (-1.0, "greater than 0"), ("9", _NUMBER)],
-    "disk_bytes_per_second": [(0, "greater than 0"), (1.5, _INTEGER)],
-    "redis_bytes_per_second": [(0, "greater than 0"), (1.5, _INTEGER)],
     "share_unsalted": _SWITCH,
     "trust_client_names": _SWITCH,
     "lazy_decoding": _SWITCH,
@@ -122,16 +130,20 @@ ACCEPTED: dict[str, list[Any]] = {
     "device_bytes": [0, 1 << 40],
     "disk_path": [None, "/var/cache/vlcache"],
     "disk_bytes": [1, 1 << 44],
+    "l2_adapters": [[], [{"type": "fs", "base_path": "/x"}], [{"type": "tape"}, {}]],
+    "lmcache_config_file": [None, "/etc/lmcache.yaml"],
     "redis_url": [None, "redis://127.0.0.1:6379"],
+    "encryption_key_file": [None, "/run/secrets/key"],
     "redis_tls_ca_file": [None, "/etc/ssl/ca.pem"],
     "deployment": ["default", "prod-2.eu_west"],
     "ttl_seconds": [1, 10**9],
     "fetch_deadline_seconds": [0.001, 1, 60.0],
+    "require_tiers": [False, True],
     "write_queue_bytes": [1, 1 << 44],
+    "store_at_sight": [1, 2],
+    "salt_quota_bytes": [None, 1, 1 << 44],
     "break_even": [False, True],
     "prefill_tokens_per_second": [None, 0.5, 10_000],
-    "disk_bytes_per_second": [None, 1 << 30],
-    "redis_bytes_per_second": [None, 1 << 30],
     "share_unsalted": [False, True],
     "trust_client_names": [True, False],
     "lazy_decoding": [False, True],
@@ -255,6 +267,19 @@ def test_json_values_are_accepted_or_refused_but_never_anything_else(
     with suppress(ConfigError):
         config = VLCacheConfig.from_extra_config(extra)
         assert extra.keys() <= config.model_fields_set
+
+
+@pytest.mark.parametrize("value", ["fs", 1, None, ["fs"]])
+def test_adapters_are_objects(value: Any) -> None:
+    message = refusal({"l2_adapters": [{"type": "fs"}, value]})
+    assert f"l2_adapters.1={value!r} is refused: Input should be a valid dictionary" in message
+
+
+def test_which_keys_ask_for_tiers() -> None:
+    assert VLCacheConfig(l2_adapters=[], disk_bytes=1, require_tiers=True).tier_keys == []
+    keys = {"redis_url": "redis://a", "disk_path": "/x", "lmcache_config_file": "/y"}
+    config = VLCacheConfig(l2_adapters=[{"type": "fs"}], **keys)
+    assert config.tier_keys == ["disk_path", "l2_adapters", "lmcache_config_file", "redis_url"]
 
 
 def test_a_config_can_not_be_changed() -> None:

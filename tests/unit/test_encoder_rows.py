@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import reduce
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,13 +17,15 @@ from hypothesis import strategies as st
 from vllm.multimodal.inputs import PlaceholderRange
 
 from tests.helpers.made_requests import content
+from tests.helpers.stored import make_engine
 from vlcache_connector import weights
 from vlcache_connector.config import VLCacheConfig
 from vlcache_connector.keys import encoder_key
 from vlcache_connector.protocol import EncoderPlan, EncoderReport
 from vlcache_connector.scheduler.encoder import EncoderRows
 from vlcache_connector.scheduler.index import ResidencyIndex
-from vlcache_connector.store import LMCacheSegmentStore
+from vlcache_connector.storage.engine import SegmentEngine
+from vlcache_connector.storage.tier import Tier
 from vlcache_connector.worker import encoder as worker
 from vlcache_connector.worker.storage import Storage
 
@@ -60,13 +63,10 @@ def output(num_tokens: int) -> Any:
 
 
 @pytest.fixture(scope="module")
-def stores() -> Iterator[list[LMCacheSegmentStore]]:
+def stores() -> Iterator[list[SegmentEngine]]:
     """Host memory of two ranks."""
     made = [
-        LMCacheSegmentStore(
-            "org/model", "print", rank, 2, 1 << 20, 1, num_kv_heads=1, head_dim=4,
-            kv_dtype=torch.float32,
-        )
+        make_engine(1, 1, 4, rank=rank, num_ranks=2)
         for rank in range(2)
     ]  # fmt: skip
     yield made
@@ -83,7 +83,7 @@ class World:
         encoder: whether the encoder half does.
     """
 
-    stores: list[LMCacheSegmentStore]
+    stores: list[SegmentEngine]
     kv: bool
     encoder: bool
     rng: random.Random
@@ -174,7 +174,7 @@ steps = st.lists(
     seed=st.integers(0, 1000),
 )
 def test_both_sides_hold_the_same_in_every_order(
-    stores: list[LMCacheSegmentStore],
+    stores: list[SegmentEngine],
     steps: list[tuple[list[str], int | None, bool]],
     halves: tuple[bool, bool],
     seed: int,
@@ -232,56 +232,29 @@ def test_every_image_is_kept_in_turn_after_all_that_is_kept_was_asked_for() -> N
     assert len(index) == 2
 
 
-class Weights:
-    """Those of a worker, and the tiers that are used by their leave."""
-
-    def __init__(self) -> None:
-        self.is_unchanged = True
-        self.compared = 0
-        self.is_open = True
-
-    def compare(self) -> bool:
-        self.compared += 1
-        return self.is_unchanged
-
-    def set_open(self, is_open: bool) -> None:
-        self.is_open = is_open
-
-
 def test_weights_are_compared_once_a_generation_and_only_when_they_are_in_place(
-    stores: list[LMCacheSegmentStore], monkeypatch: pytest.MonkeyPatch
+    stores: list[SegmentEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While vLLM sleeps, steps without tokens still run, and the weights may be gone."""
     monkeypatch.setattr("vlcache_connector.worker.storage.all_ranks_have", list)
-    held: Any = Weights()
-    storage = Storage(stores[0], 1, transfers=held, is_unchanged=held.compare)
+    tier, is_unchanged = Tier("fs"), Mock(return_value=True)
+    monkeypatch.setattr(stores[0], "_tiers", [tier])
+    storage = Storage(stores[0], 1, is_unchanged=is_unchanged)
     rank = worker.EncoderRows(storage, torch.device("cpu"))
     rows = make_rows(make_index(3, 1))
     rank.begin_step(rows.plan(output(1)))
-    before = held.compared
+    before = is_unchanged.call_count
 
     weights.may_have_changed()
-    held.is_unchanged = False
+    is_unchanged.return_value = False
     rank.begin_step(rows.plan(output(0)))
-    assert (held.compared, held.is_open) == (before, True)
+    assert (is_unchanged.call_count, tier.is_open) == (before, True)
     rank.begin_step(rows.plan(output(0), fetches=True))
-    assert (held.compared, held.is_open) == (before + 1, False)
+    assert (is_unchanged.call_count, tier.is_open) == (before + 1, False)
     rank.begin_step(rows.plan(output(1)))
-    assert held.compared == before + 1
+    assert is_unchanged.call_count == before + 1
 
     weights.may_have_changed()
-    held.is_unchanged = True
+    is_unchanged.return_value = True
     rank.begin_step(rows.plan(output(1)))
-    assert (held.compared, held.is_open) == (before + 2, True)
-
-
-def test_nothing_is_found_or_half_stored_after_the_weights_changed() -> None:
-    index = make_index(3, 1)
-    rows = make_rows(index)
-    rows.update_state_after_alloc(request_for(IMAGES[0]), 0)
-    [key] = rows.plan(output(1)).saves.values()
-    rows.reset()
-    assert rows.plan(output(1)).dropped == [key]
-    rows.update_from_report(EncoderReport(stored={key: 1}))  # of the step before
-    assert not rows.has_cache_item(IMAGES[0])
-    assert rows.plan(output(1)).dropped == [key]
+    assert (is_unchanged.call_count, tier.is_open) == (before + 2, True)

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_connector.keys import digest, encoder_key, segment_key, split_variant, variant_key
+from vlcache_connector.keys import (
+    digest,
+    encoder_key,
+    salt_of,
+    segment_key,
+    split_variant,
+    variant_key,
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def test_encoder_rows_and_kv_of_an_item_have_different_keys() -> None:
         ),
         (
             segment_key("image", fingerprint="model", donor="first_seen", salt="tenant"),
-            "3b7b22102f66dab7b3f9cdd8aefcee7d87ad990048840e964779e874396d26e1",
+            "3b7b22102f66dab7b3f9cdd8aefcee7d87ad990048840e964779e874396d26e1.b7081bf0833ebb61",
         ),
         (
             encoder_key("image", fingerprint="model"),
@@ -148,3 +155,15 @@ def test_a_variant_key_can_be_taken_apart(item: str, variant: str) -> None:
 
 def test_variant_keys_never_change() -> None:
     assert variant_key("digest", "3") == "digest/3"
+
+
+def test_a_key_tells_whose_it_is() -> None:
+    def key(identifier: str, salt: str | None) -> str:
+        return segment_key(identifier, fingerprint="f", donor="d", salt=salt)
+
+    salts = [None, "", "a", "b", "a.b/c@"]
+    found = [salt_of(key("x", salt)) for salt in salts]
+    assert found[0] == salt_of(encoder_key("x", fingerprint="f")) == ""
+    assert len(set(found)) == len(found)
+    assert all(len(salt) == 16 for salt in found[1:])
+    assert found == [salt_of(variant_key(key("y", salt), "3")) for salt in salts]

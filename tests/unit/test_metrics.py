@@ -23,10 +23,10 @@ from vlcache_connector.metrics import METRICS, VLCacheStats
 
 def some_stats(factor: int = 1) -> VLCacheStats:
     stats = VLCacheStats()
-    stats.add(metrics.LOOKUPS, "disk", "hit", amount=2 * factor)
+    stats.add(metrics.LOOKUPS, "fs", "hit", amount=2 * factor)
     stats.add(metrics.LOOKUPS, "none", "miss")
     stats.add(metrics.RECOMPUTED_TOKENS, amount=8 * factor)
-    stats.observe(metrics.TTFT_PART_SECONDS, "load", "disk", value=0.25 * factor)
+    stats.observe(metrics.TTFT_PART_SECONDS, "load", "fs", value=0.25 * factor)
     stats.set(metrics.STORED_BYTES, "kv", value=1000 * factor)
     return stats
 
@@ -45,23 +45,23 @@ def test_counters_add_up_observations_are_kept_and_the_last_value_of_a_gauge_cou
     late.add(metrics.LOOKUPS, "cpu", "hit")
     total = early.aggregate(late)
     assert total.data == {
-        metrics.LOOKUPS.name: {("disk", "hit"): 8, ("none", "miss"): 2, ("cpu", "hit"): 1},
+        metrics.LOOKUPS.name: {("fs", "hit"): 8, ("none", "miss"): 2, ("cpu", "hit"): 1},
         metrics.RECOMPUTED_TOKENS.name: {(): 32},
-        metrics.TTFT_PART_SECONDS.name: {("load", "disk"): [0.25, 0.75]},
+        metrics.TTFT_PART_SECONDS.name: {("load", "fs"): [0.25, 0.75]},
         metrics.STORED_BYTES.name: {("kv",): 3000},
     }
     # Every logger of a process gets the same data and adds to it.
     assert early == some_stats()
-    assert late.data[metrics.TTFT_PART_SECONDS.name] == {("load", "disk"): [0.75]}
+    assert late.data[metrics.TTFT_PART_SECONDS.name] == {("load", "fs"): [0.75]}
 
 
 def test_the_log_line_sums_up() -> None:
     assert some_stats().aggregate(some_stats(3)).reduce() == {
-        "lookups_total{disk,hit}": 8,
+        "lookups_total{fs,hit}": 8,
         "lookups_total{none,miss}": 2,
         "recomputed_tokens_total": 32,
-        "ttft_part_seconds{load,disk}_count": 2,
-        "ttft_part_seconds{load,disk}_mean": 0.5,
+        "ttft_part_seconds{load,fs}_count": 2,
+        "ttft_part_seconds{load,fs}_mean": 0.5,
         "stored_bytes{kv}": 3000,
     }
 
@@ -140,8 +140,8 @@ def test_stats_are_added_to_the_metrics_of_their_engine(
         prometheus.observe(stats.data, engine_idx=1)
     scraped = expose(registry)
     engine = {"model_name": "model", "engine": "1"}
-    loads = {"part": "load", "tier": "disk", **engine}
-    assert scraped(metrics.LOOKUPS.name, tier="disk", outcome="hit", **engine) == 8
+    loads = {"part": "load", "tier": "fs", **engine}
+    assert scraped(metrics.LOOKUPS.name, tier="fs", outcome="hit", **engine) == 8
     assert scraped(metrics.LOOKUPS.name, tier="none", outcome="miss", **engine) == 2
     assert scraped(metrics.RECOMPUTED_TOKENS.name, **engine) == 32
     assert scraped(f"{metrics.TTFT_PART_SECONDS.name}_count", **loads) == 2

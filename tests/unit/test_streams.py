@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.helpers.stored import make_engine
 from tests.helpers.unordered_device import Device
 from vlcache_connector import streams
 from vlcache_connector.rope import RotarySpec
-from vlcache_connector.store import LMCacheSegmentStore, Segment, SegmentId, SegmentInfo
+from vlcache_connector.storage.engine import SegmentEngine
+from vlcache_connector.storage.header import SegmentId
+from vlcache_connector.storage.segment import Segment, SegmentInfo
 from vlcache_connector.streams import Leaving, Outbox, Ring, StagedSegment, upload
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker import loader
@@ -24,7 +27,6 @@ from vlcache_connector.worker.device import DeviceSegments
 from vlcache_connector.worker.injection import PlacedSegment, write_by_vllm
 from vlcache_connector.worker.loader import LoadedPlan, Loader
 from vlcache_connector.worker.storage import Storage
-from vlcache_connector.worker.transfers import Admission
 
 CPU = torch.device("cpu")
 # LMCache's logging sets off a deprecation inside OpenTelemetry.
@@ -321,29 +323,18 @@ def test_small_tensors_leave_together() -> None:
 
 
 @pytest.fixture
-def make_store() -> Iterator[Callable[[Device], LMCacheSegmentStore]]:
+def make_store() -> Iterator[Callable[[Device], SegmentEngine]]:
     with contextlib.ExitStack() as stores:
 
-        def make(device: Device) -> LMCacheSegmentStore:
-            store = LMCacheSegmentStore(
-                "org/model",
-                "print",
-                0,
-                1,
-                1 << 20,
-                7,
-                num_kv_heads=2,
-                head_dim=8,
-                kv_dtype=torch.float32,
-                side=device,
-            )
+        def make(device: Device) -> SegmentEngine:
+            store = make_engine(7, 2, 8, side=device)
             stores.callback(store.close)
             return store
 
         yield make
 
 
-def put(store: LMCacheSegmentStore, device: Device, key: str, *, valid: bool = True) -> list[Any]:
+def put(store: SegmentEngine, device: Device, key: str, *, valid: bool = True) -> list[Any]:
     """Store what the model's stream has yet to write; what it will have written."""
     written = make_segment(3, 7, 5)
     writer = store.open_kv(key, torch.arange(5)[None])
@@ -361,7 +352,7 @@ def put(store: LMCacheSegmentStore, device: Device, key: str, *, valid: bool = T
 @logging_sets_off_a_warning
 @pytest.mark.parametrize("seed", range(10))
 def test_a_segment_can_be_opened_while_it_is_on_its_way(
-    make_store: Callable[[Device], LMCacheSegmentStore], seed: int
+    make_store: Callable[[Device], SegmentEngine], seed: int
 ) -> None:
     device = Device(seed)
     store = make_store(device)
@@ -378,7 +369,7 @@ def test_a_segment_can_be_opened_while_it_is_on_its_way(
 
 @logging_sets_off_a_warning
 def test_what_turns_out_not_to_be_valid_is_not_stored(
-    make_store: Callable[[Device], LMCacheSegmentStore],
+    make_store: Callable[[Device], SegmentEngine],
 ) -> None:
     device = Device(1)
     store = make_store(device)
@@ -386,27 +377,27 @@ def test_what_turns_out_not_to_be_valid_is_not_stored(
     assert store.settle(waits=True) == [(SegmentId("key", "kv"), False)]
     assert not store.contains(SegmentId("key", "kv"))
     assert store.get(SegmentId("key", "kv")) is None
-    assert store.usage().bytes_used == 0
+    assert store.bytes_used == 0
 
 
 @logging_sets_off_a_warning
 def test_what_is_removed_on_its_way_keeps_its_memory_until_it_has_arrived(
-    make_store: Callable[[Device], LMCacheSegmentStore],
+    make_store: Callable[[Device], SegmentEngine],
 ) -> None:
     device = Device(1)
     store = make_store(device)
     put(store, device, "key")
     store.remove(SegmentId("key", "kv"))
     assert not store.contains(SegmentId("key", "kv"))
-    assert store.usage().bytes_used > 0
+    assert store.bytes_used > 0
     assert store.settle(waits=True) == []
-    assert store.usage().bytes_used == 0
+    assert store.bytes_used == 0
     store.check_integrity()
 
 
 @logging_sets_off_a_warning
 def test_what_is_abandoned_keeps_its_memory_until_nothing_is_copied_to_it(
-    make_store: Callable[[Device], LMCacheSegmentStore],
+    make_store: Callable[[Device], SegmentEngine],
 ) -> None:
     device = Device(1)
     store = make_store(device)
@@ -416,17 +407,17 @@ def test_what_is_abandoned_keeps_its_memory_until_nothing_is_copied_to_it(
     device.copy([(target, source)])
     writer.abandon()
     writer.abandon()
-    assert store.usage().bytes_used > 0
+    assert store.bytes_used > 0
     assert store.settle(waits=True) == []
     assert torch.equal(target, source)
-    assert store.usage().bytes_used == 0
+    assert store.bytes_used == 0
     assert store.get(SegmentId("key", "kv")) is None
     store.check_integrity()
 
 
 @logging_sets_off_a_warning
 def test_the_scheduler_side_is_told_of_what_is_not_stored_after_all(
-    make_store: Callable[[Device], LMCacheSegmentStore],
+    make_store: Callable[[Device], SegmentEngine],
 ) -> None:
     device = Device(1)
     store = make_store(device)
@@ -434,8 +425,8 @@ def test_the_scheduler_side_is_told_of_what_is_not_stored_after_all(
     put(store, device, "good")
     put(store, device, "bad", valid=False)
     assert storage.flush(1.0)
-    assert storage.settle([], []) == [Admission(SegmentId("bad", "kv"), False)]
-    assert storage.settle([], []) == []
+    assert storage.settle() == [SegmentId("bad", "kv")]
+    assert storage.settle() == []
 
 
 def test_upload_on_a_cpu_copies_nothing() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from .. import __version__
 from ..config import ConfigError
@@ -53,51 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vlcache {__version__}")
     parser.set_defaults(after_interrupt="")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    calibration.add_calibrate(commands)
-    _add_verify(commands)
+    calibration.add_commands(commands)
     segments.add_commands(commands)
     warm.add_command(commands)
     doctor.add_command(commands)
     return parser
-
-
-def _add_verify(commands: Any) -> None:
-    command = commands.add_parser(
-        "verify",
-        help="find out how good a model's answers are with reused KV, or whether stored segments "
-        "are sound",
-        description="With --model: compare answers with reused KV to those of a full recompute, "
-        "for each donor relation, and write the verdict that the connector's gate follows. With "
-        "--redis-url or --disk-path: read all segments there and check every byte; exit with "
-        "status 1 if any is damaged.",
-    )
-    subject = command.add_mutually_exclusive_group(required=True)
-    calibration.add_model(subject)
-    segments.add_places(subject)
-    calibration.add_verify_options(command.add_argument_group("with --model"))
-    segments.add_verify_options(command.add_argument_group("with --redis-url or --disk-path"))
-    command.set_defaults(run=_verify)
-
-
-def _verify(args: argparse.Namespace) -> int:
-    given, missing = "--model", "--redis-url or --disk-path"
-    foreign = segments.add_verify_options
-    if args.model is None:
-        given, missing = missing, given
-        foreign = calibration.add_verify_options
-    for option, default in _defaults(foreign).items():
-        if getattr(args, option) != default:
-            raise ConfigError(
-                f"--{option.replace('_', '-')}: goes with {missing}, not with {given}"
-            )
-    if args.model is None:
-        return segments.run_verify(args)
-    args.after_interrupt = calibration.AFTER_INTERRUPT
-    return calibration.run_verify(args)
-
-
-def _defaults(add_options: Callable[[Any], None]) -> dict[str, Any]:
-    """The options that a function adds, and their defaults."""
-    alone = argparse.ArgumentParser()
-    add_options(alone)
-    return vars(alone.parse_args([]))

@@ -1,4 +1,4 @@
-"""Commands that run a model: `vlcache calibrate`, and `vlcache verify --model`."""
+"""Commands that run a model: `vlcache calibrate` and `vlcache verify`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ..measure.cases import (
 from ..measure.runner import Runner
 from .console import checked, err, not_negative, out, positive, progress
 
-AFTER_INTERRUPT = "; nothing was written"
+_AFTER_INTERRUPT = "; nothing was written"
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -69,15 +69,14 @@ _OWN_ENGINE_ARGUMENTS = frozenset(
 # -- arguments ----------------------------------------------------------------------------------
 
 
-def add_calibrate(commands: Any) -> None:
-    """Add `calibrate` to the commands."""
+def add_commands(commands: Any) -> None:
+    """Add `calibrate` and `verify` to the commands."""
     command = commands.add_parser(
         "calibrate",
         help="find out in which layers a model needs recomputation",
         description="Find out in which layers a model needs recomputation, and write schedules "
         "for the layer_aware selector.",
     )
-    add_model(command, required=True)
     _add_common(command, requests=24, what="requests to measure on, and as many to check on")
     command.add_argument(
         "--relations",
@@ -87,16 +86,14 @@ def add_calibrate(commands: Any) -> None:
         metavar="RELATION",
         help="donor relations to measure under, in turn: %(choices)s (default: all but the first)",
     )
-    command.set_defaults(run=run_calibrate, after_interrupt=AFTER_INTERRUPT)
+    command.set_defaults(run=run_calibrate, after_interrupt=_AFTER_INTERRUPT)
 
-
-def add_model(command: Any, **options: Any) -> None:
-    """Add the option that names the model; `options` are those of `add_argument`."""
-    command.add_argument("--model", help="folder of the model, or its hub id", **options)
-
-
-def add_verify_options(command: Any) -> None:
-    """Add what `verify --model` takes besides."""
+    command = commands.add_parser(
+        "verify",
+        help="find out how good a model's answers are with reused KV",
+        description="Compare a model's answers with reused KV to those of a full recompute, for "
+        "each donor relation, and write the verdict that the connector's gate follows.",
+    )
     default = verify.DEFAULT_THRESHOLDS
     _add_common(command, requests=64, what="requests per donor relation")
     command.add_argument(
@@ -126,9 +123,11 @@ def add_verify_options(command: Any) -> None:
         choices=[verdict for verdict in reversed(verify.VERDICTS) if verdict != "none"],
         help="exit with status 1 unless the verdict is at least this one",
     )
+    command.set_defaults(run=run_verify, after_interrupt=_AFTER_INTERRUPT)
 
 
 def _add_common(command: Any, requests: int, what: str) -> None:
+    command.add_argument("--model", required=True, help="folder of the model, or its hub id")
     command.add_argument(
         "--output",
         type=Path,

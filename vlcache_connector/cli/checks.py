@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from packaging.specifiers import SpecifierSet
+from redis import RedisError
 
 from .. import seams
 from ..config import ConfigError, VLCacheConfig
@@ -26,8 +28,10 @@ from .console import size_text
 
 if TYPE_CHECKING:
     import torch
+    from lmcache.v1.distributed.api import ObjectKey
 
-    from ..tiers import Tier, TierName
+    from ..storage.blocking import BlockingAdapter
+    from ..storage.guarded import GuardedConfig
 
 Result = Literal["ok", "warning", "failure"]
 
@@ -35,7 +39,7 @@ _PACKAGES = ("vllm", "lmcache", "torch", "triton")
 _ROLES = ("kv_both", "kv_producer", "kv_consumer")
 _HEAD_DIM = 128
 """Of most models that vLLM serves; backends are chosen by it."""
-_CALL_SECONDS = 30.0
+_CALL_SECONDS = 10.0
 _ROUND_TRIPS = 20
 _PROBE_BYTES = 16 << 20
 _PROBE_OBJECTS = 4
@@ -319,10 +323,16 @@ def _configuration(options: Options) -> Iterator[Finding]:
     yield Finding("configuration", given if transfer else "none given: the defaults, no tiers")
     yield from _memory(config, options.num_ranks)
 
-    from ..tiers import configured
+    from ..storage.adapters import open_adapters
 
-    for name in configured(config):
-        yield from _tier(config, name, can_store=role != "kv_consumer")
+    can_store = role != "kv_consumer"
+    try:
+        adapters = open_adapters(config, can_store=can_store)
+    except ConfigError as error:
+        yield _refused("configuration", str(error))
+        return
+    for guarded in adapters:
+        yield from _tier(config, guarded, can_store=can_store)
 
 
 def _refused(check: str, message: str) -> Finding:
@@ -356,137 +366,179 @@ def _memory(config: VLCacheConfig, num_ranks: int) -> Iterator[Finding]:
 # -- tiers --------------------------------------------------------------------------------------
 
 
-def _tier(config: VLCacheConfig, name: TierName, *, can_store: bool) -> Iterator[Finding]:
-    from ..tiers import TierError, open_tier
+def _tier(config: VLCacheConfig, guarded: GuardedConfig, *, can_store: bool) -> Iterator[Finding]:
+    """What an adapter makes of its place, by itself, without its guard."""
+    from ..storage.blocking import BlockingAdapter
 
-    unlimited = config.model_copy(update={"disk_bytes": 1 << 62})  # the probe shall evict nothing
+    name, inner = guarded.tier.name, guarded.inner_config
+    folder = Path(inner.base_path) if hasattr(inner, "base_path") else None
+    is_new = folder is not None and not folder.exists()
     try:
-        tier = open_tier(unlimited, name)
+        if folder is not None:
+            yield from _disk_space(config, folder, can_store=can_store)
+        elif name == "valkey":
+            yield from _redis_settings(inner)
+        with BlockingAdapter(inner, _PROBE_BYTES, _CALL_SECONDS) as adapter:
+            yield from _latency(config, name, adapter)
+            yield from _speed(config, guarded, adapter, can_store=can_store)
     except ConfigError as error:
         yield _refused(name, str(error))
-        return
-    try:
-        place = config.disk_path if name == "disk" else config.redis_url
-        yield Finding(name, f"{place} answers")
-        yield from (_disk_space(config) if name == "disk" else _redis_settings(config, tier))
-        yield from _latency(config, tier)
-        try:
-            yield from _speed(config, tier)
-        except TierError as error:
-            yield Finding(
-                f"{name} write",
-                f"{error} ({error.fault})",
-                "fine for kv_role=kv_consumer, which only reads"
-                if not can_store
-                else "let this user and process write there, and see that there is room",
-                "failure" if can_store else "warning",
-            )
-    except TierError as error:
-        remedy = "see to it that it answers"
-        yield Finding(name, f"{error} ({error.fault})", remedy, "failure")
+    except Exception as error:  # adapters raise what they like
+        yield Finding(name, str(error) or repr(error), "see to it that it answers", "failure")
     finally:
-        tier.close()
+        if folder is not None and is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
-def _disk_space(config: VLCacheConfig) -> Iterator[Finding]:
-    assert config.disk_path is not None
-    free = shutil.disk_usage(config.disk_path).free
-    if free >= config.disk_bytes:
+def _disk_space(config: VLCacheConfig, folder: Path, *, can_store: bool) -> Iterator[Finding]:
+    from ..storage.disk import check_directory
+
+    budget = None
+    if config.disk_path is not None and folder == Path(config.disk_path):
+        check_directory(folder, can_store=can_store)
+        budget = config.disk_bytes
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    if budget is None or free >= budget:
         yield Finding("disk space", f"{size_text(free)} free")
     else:
         yield Finding(
             "disk space",
-            f"{size_text(free)} free, disk_bytes={config.disk_bytes}",
+            f"{size_text(free)} free, disk_bytes={budget}",
             "lower disk_bytes, unless the rest is in use by VLCache already",
             "warning",
         )
 
 
-def _redis_settings(config: VLCacheConfig, tier: Tier) -> Iterator[Finding]:
-    from ..tiers import Deadline, RedisAddress, RedisTier, TierError
-
-    assert isinstance(tier, RedisTier)
-    assert config.redis_url is not None
-    address = RedisAddress.from_url(config.redis_url)
-    if address.tls:
-        yield Finding("redis TLS", "on")
-    elif address.topology == "unix" or all(_is_local(host) for host, _ in address.hosts):
-        yield Finding("redis TLS", "off; the connection stays on this machine")
+def _redis_settings(inner: Any) -> Iterator[Finding]:
+    if inner.tls_enable:
+        yield Finding("valkey TLS", "on")
+    elif inner.unix_socket_path or all(_is_local(host) for host, _ in inner.addresses):
+        yield Finding("valkey TLS", "off; the connection stays on this machine")
     else:
-        remedy = "use a rediss:// URL, or keep Redis in a trusted network"
-        yield Finding("redis TLS", "off", remedy, "warning")
+        remedy = "use a rediss:// URL, or keep the server in a trusted network"
+        yield Finding("valkey TLS", "off", remedy, "warning")
     try:
-        limit, policy = tier.memory_limit(Deadline(_CALL_SECONDS))
-    except TierError:
-        return  # few users may ask for it
+        with _client(inner) as client:
+            memory = client.info("memory")
+            limit, policy = memory["maxmemory"], memory["maxmemory_policy"]
+    except (RedisError, OSError, KeyError):
+        return  # few users may ask for it, and whether it answers is seen below
     found = f"maxmemory {size_text(limit) if limit else 'unlimited'}, {policy}"
     if not limit:
-        remedy = "set maxmemory, or Redis grows until ttl_seconds are over"
-        yield Finding("redis memory", found, remedy, "warning")
+        remedy = "set maxmemory, or it grows until ttl_seconds are over"
+        yield Finding("valkey memory", found, remedy, "warning")
     elif policy == "noeviction":
-        remedy = "set maxmemory-policy allkeys-lru, or Redis takes nothing once it is full"
-        yield Finding("redis memory", found, remedy, "warning")
+        remedy = "set maxmemory-policy allkeys-lru, or it takes nothing once it is full"
+        yield Finding("valkey memory", found, remedy, "warning")
     else:
-        yield Finding("redis memory", found)
+        yield Finding("valkey memory", found)
 
 
 def _is_local(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def _latency(config: VLCacheConfig, tier: Tier) -> Iterator[Finding]:
-    from ..tiers import Deadline
+def _client(inner: Any) -> Any:
+    """Of redis-py, to the server of an adapter of type valkey."""
+    from ..storage.listing import connect
+    from ..storage.redis_url import Credentials, RedisAddress, Topology
 
+    topology: Topology = "unix" if inner.unix_socket_path else "single"
+    address = RedisAddress(
+        "cluster" if inner.cluster_mode else topology,
+        inner.tls_enable,
+        tuple(inner.addresses),
+        inner.database_id or 0,
+        inner.unix_socket_path or "",
+    )
+    return connect(address, Credentials.from_environment(), inner.tls_ca_file)
+
+
+def _latency(config: VLCacheConfig, name: str, adapter: BlockingAdapter) -> Iterator[Finding]:
     seconds = []
     for _ in range(_ROUND_TRIPS):
+        keys = _probe_keys(config)[:1]
         began = time.perf_counter()
-        tier.sizes([_probe_name()], Deadline(_CALL_SECONDS))
+        adapter.look_up(keys)
         seconds.append(time.perf_counter() - began)
+    yield Finding(name, "answers")
     median = statistics.median(seconds)
-    check, found = f"{tier.name} latency", f"{1000 * median:.2f} ms"
-    if median < config.fetch_deadline_seconds:
-        yield Finding(check, found)
-    else:
-        yield Finding(check, found, _TOO_SLOW, "warning")
+    yield _timed(config, f"{name} latency", f"{1000 * median:.2f} ms", median)
 
 
-_TOO_SLOW = "raise fetch_deadline_seconds, or bring the tier closer: requests do not wait so long"
-
-
-def _speed(config: VLCacheConfig, tier: Tier) -> Iterator[Finding]:
+def _speed(
+    config: VLCacheConfig, guarded: GuardedConfig, adapter: BlockingAdapter, *, can_store: bool
+) -> Iterator[Finding]:
     """Write a probe, read it, and remove it, a few times."""
-    from ..tiers import Deadline
+    import torch
 
-    name = _probe_name()
-    objects = [secrets.token_bytes(_PROBE_BYTES // _PROBE_OBJECTS) for _ in range(_PROBE_OBJECTS)]
+    name = guarded.tier.name
+    views = adapter.memory.split(_PROBE_BYTES // _PROBE_OBJECTS)
+    probe = torch.frombuffer(bytearray(secrets.token_bytes(_PROBE_BYTES)), dtype=torch.uint8)
     until = time.perf_counter() + _PROBE_SECONDS
     writes: list[float] = []
     reads: list[float] = []
-    try:
-        while not reads or (len(reads) < _PROBES and time.perf_counter() < until):
+    while not reads or (len(reads) < _PROBES and time.perf_counter() < until):
+        objects = dict(zip(_probe_keys(config), views, strict=True))
+        adapter.memory.copy_(probe)
+        try:
             began = time.perf_counter()
-            tier.write(name, objects, Deadline(_CALL_SECONDS))
-            written = time.perf_counter()
-            found = tier.read(name, _PROBE_BYTES, Deadline(_CALL_SECONDS))
-            reads.append(time.perf_counter() - written)
-            writes.append(written - began)
-            if found is None or [bytes(part) for part in found] != objects:
-                remedy = "see that it keeps what it is given: its memory, and who else writes there"
-                problem = "what was written did not come back"
-                yield Finding(f"{tier.name} write", problem, remedy, "failure")
+            is_stored = adapter.store(objects)
+            writes.append(time.perf_counter() - began)
+            if not is_stored:
+                yield _not_stored(guarded, can_store=can_store)
                 return
-    finally:
-        tier.remove([name], Deadline(_CALL_SECONDS))
-    yield Finding(f"{tier.name} write", f"{size_text(_PROBE_BYTES)} written, read and removed")
+            adapter.memory.zero_()
+            began = time.perf_counter()
+            is_loaded = adapter.load(objects) and torch.equal(adapter.memory, probe)
+            reads.append(time.perf_counter() - began)
+        finally:
+            adapter.delete(list(objects))
+        if not is_loaded:
+            remedy = "see that it keeps what it is given: its memory, and who else writes there"
+            problem = "what was written did not come back"
+            yield Finding(f"{name} write", problem, remedy, "failure")
+            return
+    yield Finding(f"{name} write", f"{size_text(_PROBE_BYTES)} written, read and removed")
     put, get = (_PROBE_BYTES / 1e6 / statistics.median(times) for times in (writes, reads))
-    check, rates = f"{tier.name} bandwidth", f"put {put:.0f} MB/s, get {get:.0f} MB/s"
-    if statistics.median(reads) < config.fetch_deadline_seconds:
-        yield Finding(check, rates)
-    else:
-        yield Finding(check, rates, _TOO_SLOW, "warning")
+    rates = f"put {put:.0f} MB/s, get {get:.0f} MB/s"
+    yield _timed(config, f"{name} bandwidth", rates, statistics.median(reads))
 
 
-def _probe_name() -> Any:
-    from ..tiers import Name
+def _not_stored(guarded: GuardedConfig, *, can_store: bool) -> Finding:
+    name, problem = guarded.tier.name, "nothing is taken"
+    if name == "valkey":  # LMCache does not say why
+        try:
+            with _client(guarded.inner_config) as client:
+                key = f"vlcache-doctor-{secrets.token_hex(16)}"
+                client.set(key, secrets.token_bytes(_PROBE_BYTES // _PROBE_OBJECTS), ex=60)
+                client.delete(key)
+        except (RedisError, OSError) as error:
+            problem = f"{type(error).__name__}: {error}"
+    return Finding(
+        f"{name} write",
+        problem,
+        "let this user and process write there, and see that there is room"
+        if can_store
+        else "fine for kv_role=kv_consumer, which only reads",
+        "failure" if can_store else "warning",
+    )
 
-    return Name("kv", f"doctor-{secrets.token_hex(16)}", 0, 1)
+
+def _timed(config: VLCacheConfig, check: str, found: str, seconds: float) -> Finding:
+    if seconds < config.fetch_deadline_seconds:
+        return Finding(check, found)
+    remedy = "raise fetch_deadline_seconds, or bring the tier closer: requests do not wait so long"
+    return Finding(check, found, remedy, "warning")
+
+
+def _probe_keys(config: VLCacheConfig) -> list[ObjectKey]:
+    """Of objects that nobody looks for; what clears away segments would clear them away, too."""
+    from lmcache.v1.distributed.api import ObjectKey
+
+    from ..storage.names import Namespace
+
+    namespace = str(Namespace(config.deployment, secrets.token_hex(16)))
+    digest, rank = secrets.token_bytes(32), ObjectKey.ComputeKVRank(1, 0, 1, 0)
+    return [ObjectKey(digest, namespace, rank, group) for group in range(_PROBE_OBJECTS)]

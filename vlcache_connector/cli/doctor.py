@@ -52,7 +52,7 @@ def run_doctor(args: argparse.Namespace) -> int:
         options = Options.read(args.config)
     else:
         options = Options(args.kv_transfer_config or {})
-    logging.disable(logging.WARNING)  # the table says it better
+    logging.disable(logging.ERROR)  # the table says it better
     try:
         findings = _run(options)
     finally:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from ..calibration import RELATIONS, Relation, relation_of
 from ..keys import split_variant, variant_key
 from ..protocol import Item
+from .events import SegmentEvents
 from .index import ResidencyIndex
 
 _LIKELY_ORDINALS = 4
@@ -24,10 +25,16 @@ class Donors:
         segments: index of the stored segments; tells what it forgets.
         allowed: relations of donor and target under which KV may be reused.
         max_variants: most segments kept of one item.
+        events: tells others what is stored and what is gone; None: nobody asks.
     """
 
     def __init__(
-        self, segments: ResidencyIndex, *, allowed: frozenset[Relation], max_variants: int
+        self,
+        segments: ResidencyIndex,
+        *,
+        allowed: frozenset[Relation],
+        max_variants: int,
+        events: SegmentEvents | None = None,
     ) -> None:
         self._segments = segments
         self._allowed = allowed
@@ -35,6 +42,11 @@ class Donors:
         self._ordinals: dict[str, dict[int, str]] = {}
         """Item's key -> ordinal -> segment's key, least recently stored first."""
         segments.on_forgotten = self._forget
+        self._events = events
+        self._items: dict[str, Item] = {}
+        """Those with segments, by their key, where events are asked for."""
+        if events is not None:
+            segments.on_ready = self._announce
 
     def find(self, item: Item) -> str | None:
         """The ready segment whose donor is nearest to the item's place, of those allowed."""
@@ -86,6 +98,8 @@ class Donors:
         variants = self._ordinals.setdefault(item.key, {})
         older = list(variants.values())
         variants[ordinal] = key
+        if self._events is not None:
+            self._items[item.key] = item
         if len(variants) > self._max_variants and not any(map(self._segments.evict, older)):
             self._segments.discard(key)
             return None
@@ -97,9 +111,16 @@ class Donors:
             relation_of(ordinal, target) in self._allowed for target in (0, ordinal, ordinal + 1)
         )
 
+    def _announce(self, key: str) -> None:
+        assert self._events is not None
+        self._events.stored(key, self._items[split_variant(key)[0]])
+
     def _forget(self, key: str) -> None:
+        if self._events is not None:
+            self._events.removed(key)
         item, ordinal = split_variant(key)
         variants = self._ordinals.get(item, {})
         variants.pop(int(ordinal), None)
         if not variants:
             self._ordinals.pop(item, None)
+            self._items.pop(item, None)

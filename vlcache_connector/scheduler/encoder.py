@@ -15,7 +15,7 @@ from ..halves import OnePerEngine
 from ..identity import model_fingerprint
 from ..keys import encoder_key
 from ..protocol import EncoderPlan, EncoderReport
-from ..support import can_store, config_of, model_dtype
+from ..support import can_store, config_of, encoder_width, model_dtype
 from .index import ResidencyIndex
 
 if TYPE_CHECKING:
@@ -139,21 +139,15 @@ class EncoderRows:
         return encoder_key(identifier, fingerprint=self._fingerprint)
 
 
-def _row_bytes(vllm_config: VllmConfig) -> int:
-    """Bytes of one encoder output row; deepstack models put several features side by side."""
-    model = vllm_config.model_config
-    vision = getattr(model.hf_config, "vision_config", None)
-    levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-    return model.get_inputs_embeds_size() * (1 + levels) * model_dtype(vllm_config).itemsize
-
-
 def _make(vllm_config: VllmConfig) -> EncoderRows:
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     return EncoderRows(
         config_of(vllm_config),
         fingerprint=model_fingerprint(vllm_config),
-        row_bytes=_row_bytes(vllm_config),
-        index=ResidencyIndex(config_of(vllm_config).encoder_cpu_bytes, num_ranks),
+        row_bytes=encoder_width(vllm_config) * model_dtype(vllm_config).itemsize,
+        index=ResidencyIndex(
+            config_of(vllm_config).encoder_cpu_bytes, num_ranks, "encoder_cpu_bytes"
+        ),
         can_store=can_store(vllm_config),
     )
 

@@ -7,11 +7,14 @@ tokens, images and the salt up to there; of how much of an image is recomputed; 
 requests that recompute alike share approximate blocks (the turns of a chat, the sequences of one
 request, the beams of a search), and no other request can name them.
 
+Nor are they announced: vLLM's KV events give each block's tokens, which routers take for exact.
+
 vLLM seams: `Request.block_hashes`, `Request._block_hasher` and `Request.update_block_hashes()`
 (`vllm/v1/request.py`), hashes chained by `get_request_block_hasher`
 (`vllm/v1/core/kv_cache_utils.py`); `KVCacheCoordinator.find_longest_cache_hit`
-(`vllm/v1/core/kv_cache_coordinator.py`). The fields are not a public interface, hence `self_test`,
-which the scheduler side runs at start-up.
+(`vllm/v1/core/kv_cache_coordinator.py`); `BlockPool.kv_event_queue`
+(`vllm/v1/core/block_pool.py`) and the events in it (`vllm/distributed/kv_events.py`). The fields
+are not a public interface, hence `self_test`, which the scheduler side runs at start-up.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
@@ -29,10 +34,16 @@ from vllm.v1.core.kv_cache_utils import BlockHash, get_request_block_hasher, ini
 from vllm.v1.request import Request
 
 if TYPE_CHECKING:
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.kv_cache_utils import ExternalBlockHash
 
 _SECRET_BYTES = 32
-_HASH_BYTES = 32
+_BODY_BYTES = 28
+_TAG_BYTES = 4
+"""At the end of a keyed hash: a digest of as many bytes in front of it. KV events may have no more
+than the last 8 bytes of a hash."""
 
 
 class PrefixFences:
@@ -112,17 +123,60 @@ class PrefixFences:
         fence = self._fences.get(request.request_id)
         return 0 if fence is None else max(0, num_computed - fence.block * self._block_size)
 
+    def silence(self, pool: BlockPool) -> bool:
+        """Take out of vLLM's KV events what they say of approximate blocks.
+
+        To be called behind everything that allocates, before vLLM takes the events.
+
+        Returns:
+            Whether vLLM announces that all blocks are gone.
+        """
+        queue = pool.kv_event_queue
+        queue[:] = [shown for event in queue if (shown := self._shown(event)) is not None]
+        return any(isinstance(event, AllBlocksCleared) for event in queue)
+
+    def _shown(self, event: KVCacheEvent) -> KVCacheEvent | None:
+        if isinstance(event, BlockRemoved):
+            exact = [name for name in event.block_hashes if not self._is_keyed(name)]
+            return msgspec.structs.replace(event, block_hashes=exact) if exact else None
+        if isinstance(event, BlockStored):
+            is_keyed = map(self._is_keyed, event.block_hashes)
+            count = next((index for index, keyed in enumerate(is_keyed) if keyed), None)
+            if count is not None:  # behind the first one all are
+                if not count:
+                    return None
+                return msgspec.structs.replace(
+                    event,
+                    block_hashes=event.block_hashes[:count],
+                    token_ids=event.token_ids[: count * event.block_size],
+                    extra_keys=event.extra_keys and event.extra_keys[:count],
+                )
+        return event
+
+    def _is_keyed(self, name: ExternalBlockHash) -> bool:
+        """Whether a block's hash, as KV events show it, is one for approximate KV; one of 2**32
+        exact ones is taken for that, too."""
+        length = 2 * _TAG_BYTES
+        end = name[-length:] if isinstance(name, bytes) else name.to_bytes(length, "big")
+        return self._tag(end[:_TAG_BYTES]) == end[_TAG_BYTES:]
+
+    def _tag(self, end: bytes) -> bytes:
+        return hashlib.blake2b(
+            end, digest_size=_TAG_BYTES, key=self._secret, person=b"vlcache-tag"
+        ).digest()
+
     def forget(self, req_id: str) -> None:
         """The request is gone."""
         self._fences.pop(req_id, None)
 
     def _key(self, policy: str) -> Callable[[BlockHash], BlockHash]:
-        started = hashlib.blake2b(policy.encode(), digest_size=_HASH_BYTES, key=self._secret)
+        started = hashlib.blake2b(policy.encode(), digest_size=_BODY_BYTES, key=self._secret)
 
         def key(exact: BlockHash) -> BlockHash:
             keyed = started.copy()
             keyed.update(exact)
-            return BlockHash(keyed.digest())
+            body = keyed.digest()
+            return BlockHash(body + self._tag(body[-_TAG_BYTES:]))
 
         return key
 

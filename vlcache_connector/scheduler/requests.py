@@ -225,6 +225,8 @@ class TrackedRequest:
                     ),
                     encoder_key=encoder_key(identifier, fingerprint=fingerprint),
                     embeds=embeds,
+                    identifier=identifier,
+                    salt=request.cache_salt,
                 )
             )
         try:

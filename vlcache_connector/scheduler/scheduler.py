@@ -37,6 +37,7 @@ from .canonical import CanonicalDonors
 from .captures import CapturePlanner
 from .donors import Donors
 from .encoder import EncoderRows
+from .events import SegmentEvents
 from .fence import PrefixFences, self_test
 from .index import ResidencyIndex
 from .options import OptionsPolicy
@@ -47,6 +48,7 @@ from .statistics import Statistics
 
 if TYPE_CHECKING:
     from vllm.config.scheduler import SchedulerConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -75,6 +77,7 @@ class SchedulerSide:
         can_store: whether new segments may be stored (`kv_role` is a producer).
         can_reuse: whether stored segments may be reused (`kv_role` is a consumer).
         num_ranks: tensor-parallel ranks.
+        announces: vLLM publishes KV events.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class SchedulerSide:
         can_store: bool,
         can_reuse: bool,
         num_ranks: int,
+        announces: bool = False,
     ) -> None:
         self._config = config
         self._shape = shape
@@ -101,17 +105,20 @@ class SchedulerSide:
         self._segments = segments
         self._encoder_rows = encoder_rows
         self._can_reuse = can_reuse
-        self._donors = Donors(segments, allowed=allowed, max_variants=config.donor_variants)
+        self._events = SegmentEvents() if announces else None
+        self._donors = Donors(
+            segments, allowed=allowed, max_variants=config.donor_variants, events=self._events
+        )
         self._is_gated = not allowed
         self._staging: Staging | None = None
-        if (config.disk_path or config.redis_url) and can_reuse and allowed:
+        if config.tier_keys and can_reuse and allowed:
             self._staging = Staging(
                 segments,
                 encoder_rows.index,
                 self._donors,
                 num_ranks=num_ranks,
                 deadline_seconds=config.fetch_deadline_seconds,
-                max_bytes=config.cpu_bytes // num_ranks // 4,
+                is_worth=self._is_worth_loading,
             )
         self._canonical: CanonicalDonors | None = None
         if opening is not None:
@@ -246,6 +253,16 @@ class SchedulerSide:
             self._encoder_bytes,
             lambda item: self._options.saved_tokens(tracked.options, len(item.span)),
         )
+
+    def _is_worth_loading(self, tier: str, num_bytes: int, saved_tokens: int) -> bool:
+        seconds = self.statistics.read_seconds(tier, num_bytes)
+        speed = self.statistics.prefill_speed
+        if not self._config.break_even or seconds is None or speed is None:
+            return True
+        if seconds < saved_tokens / speed:
+            return True
+        self.statistics.happened("refused.not_worth")
+        return False
 
     def _look_up(self, tracked: TrackedRequest, wanted: Sequence[Item]) -> Staged:
         """Where the KV of the wanted items is."""
@@ -450,6 +467,7 @@ class SchedulerSide:
 
     def build_step_plan(self, output: SchedulerOutput) -> StepPlan:
         """Everything the workers do in this step."""
+        self._look_at_events()
         self._give_pixels_back(output)
         cancelled, self._cancelled = self._cancelled, []
         for req_id in output.preempted_req_ids or ():
@@ -490,10 +508,10 @@ class SchedulerSide:
             if tracked is not None and tracked.is_prefilling
         )
         if self._staging is not None:
-            plan.fetches, plan.admitted, plan.unwanted = self._staging.take_plans()
+            plan.lookups, plan.loads = self._staging.take_plans()
         self._segments.settle()
         plan.dropped_segments = self._segments.take_evicted()
-        plan.encoder = self._encoder_rows.plan(output, fetches=bool(plan.fetches))
+        plan.encoder = self._encoder_rows.plan(output, fetches=bool(plan.lookups or plan.loads))
         return plan
 
     def _give_pixels_back(self, output: SchedulerOutput) -> None:
@@ -507,11 +525,23 @@ class SchedulerSide:
             if tracked is not None:
                 new.mm_features = tracked.request.mm_features
 
+    def _look_at_events(self) -> None:
+        """See to what vLLM is about to publish."""
+        if self._events is not None:
+            assert self._kv_cache_manager is not None
+            if self._fences.silence(self._kv_cache_manager.block_pool):
+                self._events.repeat()
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """Which segments have come and gone, if somebody may have subscribed to that."""
+        return [] if self._events is None else self._events.take()
+
     def update_from_report(self, report: StepReport) -> None:
         """Take in what the workers stored, lost and measured."""
+        self._look_at_events()
         report.settle()
         if self._staging is not None:
-            self._staging.update(report.fetched)
+            self._staging.update(report.found, report.loaded)
         for key, ranks in report.stored.items():
             self._segments.stored(key, ranks)
         self.statistics.take_report(report)

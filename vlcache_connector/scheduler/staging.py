@@ -1,38 +1,66 @@
 """Brings what requests will need into host memory, before anything is promised to them.
 
 vLLM takes what was claimed for granted: a load must not fail afterwards. So only what the workers
-hold in memory is claimed. What may lie in a tier below is fetched first, and the request is asked
-again until the fetch has ended, or its deadline has passed.
+hold in memory is claimed. What may lie below is looked for first, by one lookup over all images of
+a request. What all ranks have found, and what pays, gets room in host memory, and all ranks load
+it. The request is asked again until that has ended, or its deadline has passed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from ..protocol import Fetched, FetchPlan, Item, Outcome, slowest
-from ..store import Kind
+from ..protocol import TIERS, Found, Item, Loaded, LoadPlan, LookupPlan, Outcome, slowest
+from ..storage.header import Kind
 from .donors import Donors
 from .index import ResidencyIndex
 from .requests import Lookup
 
-_LARGER = 1.05
-_HEADERS = 1 << 20
-"""A stored value may be so much larger than the KV in it."""
+_TRY_AGAIN_AFTER = 20
+"""Loads that are skipped as too slow before one is made anyway: speeds change."""
+
+Worth = Callable[[str, int, int], bool]
+"""Whether loading so many bytes from a tier takes less time than computing so many tokens."""
 
 
 @dataclass
 class _Fetch:
+    """A segment that is looked for, and loaded if it is found.
+
+    Attributes:
+        candidates: content key -> the ordinal of that variant; None for encoder rows.
+        until: when the last request stops waiting for it.
+        found: by the ranks that have answered.
+        key: of the candidate that is being loaded.
+        tier: that it is loaded from.
+        loaded: by the ranks on which that has ended.
+    """
+
     item: Item
     kind: Kind
     num_bytes: int
     saved_tokens: int
     candidates: dict[str, int | None]
-    """Content key -> the ordinal of that variant; None for encoder rows."""
-    ended: Fetched | None = None
-    is_stale: bool = False
-    """The weights may have changed since it began."""
+    until: float
+    found: Found | None = None
+    key: str | None = None
+    tier: str | None = None
+    loaded: Loaded | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, or encoder rows."""
+        return len(self.item.span) if self.kind == "kv" else self.item.num_embeds
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """What became of a fetch."""
+
+    outcome: Outcome
+    tier: str | None = None
 
 
 @dataclass
@@ -41,19 +69,17 @@ class Ticket:
 
     Attributes:
         since: time (monotonic) when it began to wait.
-        wanted: fetches, by name, that there was no room for yet.
-        running: names of fetches that are not settled.
+        running: names of fetches that have not ended.
         kv: names of the fetches of its items' KV, by the items' indices.
         ended: fetches, by name, as they ended.
-        tier: slowest tier that something was fetched from.
+        tier: slowest tier that something was loaded from.
         waited_seconds: how long it waited, once it waits no longer.
     """
 
     since: float
-    wanted: dict[str, _Fetch] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
     kv: dict[int, str] = field(default_factory=dict)
-    ended: dict[str, Fetched] = field(default_factory=dict)
+    ended: dict[str, _Ended] = field(default_factory=dict)
     tier: str | None = None
     waited_seconds: float | None = None
 
@@ -67,7 +93,7 @@ class Staging:
         donors: variants of the stored items.
         num_ranks: tensor-parallel ranks, all of which must have found the same segment.
         deadline_seconds: longest that a request waits.
-        max_bytes: most bytes, per rank, that are fetched and not yet settled.
+        is_worth: what is loaded.
         clock: monotonic seconds.
     """
 
@@ -79,7 +105,7 @@ class Staging:
         *,
         num_ranks: int,
         deadline_seconds: float,
-        max_bytes: int,
+        is_worth: Worth,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._segments = segments
@@ -87,14 +113,17 @@ class Staging:
         self._donors = donors
         self._num_ranks = num_ranks
         self._deadline_seconds = deadline_seconds
-        self._max_bytes = max_bytes
+        self._is_worth = is_worth
         self._clock = clock
         self._running: dict[str, _Fetch] = {}
+        self._loading: dict[str, str] = {}
+        """Content key -> name of the fetch that loads it."""
+        self._num_skipped = 0
         self._tickets: dict[str, Ticket] = {}
         """Request -> what it waits for; kept until the request ends, so that it asks once."""
-        self._fetches: list[FetchPlan] = []
-        self._admitted: list[str] = []
-        self._unwanted: list[str] = []
+        self._lookups: list[LookupPlan] = []
+        self._loads: list[str] = []
+        """Names of fetches whose segments are to be loaded."""
 
     def is_pending(
         self,
@@ -114,75 +143,83 @@ class Staging:
         """
         ticket = self._tickets.get(req_id)
         if ticket is None:
-            ticket = self._tickets[req_id] = Ticket(self._clock())
+            now = self._clock()
+            ticket = self._tickets[req_id] = Ticket(now)
+            until = now + self._deadline_seconds
             for item in items:
                 variants, saved = self._donors.candidates(item), saved_tokens(item)
                 if variants and saved > 0:
-                    fetch = _Fetch(item, "kv", segment_bytes(item), saved, variants)
-                    ticket.kv[item.index] = self._want(ticket, fetch)
-                if item.encoder_key not in self._encoder_rows:
+                    fetch = _Fetch(item, "kv", segment_bytes(item), saved, variants, until)
+                    ticket.kv[item.index] = self._begin(ticket, fetch)
+                # Of an item whose KV is reused as it is, no token needs its rows.
+                needs_rows = saved < len(item.span) or self._donors.find(item) is None
+                if needs_rows and item.encoder_key not in self._encoder_rows:
                     rows: dict[str, int | None] = {item.encoder_key: None}
-                    self._want(ticket, _Fetch(item, "encoder", encoder_bytes(item), 0, rows))
-        ticket.running = {name for name in ticket.running if not self._is_over(name)}
-        for name in list(ticket.wanted):
-            if self._begin(name, ticket.wanted[name]):
-                del ticket.wanted[name]
-                ticket.running.add(name)
+                    self._begin(
+                        ticket, _Fetch(item, "encoder", encoder_bytes(item), 0, rows, until)
+                    )
         waited = self._clock() - ticket.since
-        if (ticket.running or ticket.wanted) and waited < self._deadline_seconds:
+        if ticket.running and waited < self._deadline_seconds:
             return True
         if ticket.waited_seconds is None:
             ticket.waited_seconds = waited
         return False
 
-    @staticmethod
-    def _want(ticket: Ticket, fetch: _Fetch) -> str:
+    def _begin(self, ticket: Ticket, fetch: _Fetch) -> str:
         name = next(iter(fetch.candidates))
-        ticket.wanted[name] = fetch
+        ticket.running.add(name)
+        running = self._running.get(name)
+        if running is not None:
+            running.until = fetch.until
+        else:
+            self._running[name] = fetch
+            self._lookups.append(LookupPlan(tuple(fetch.candidates), fetch.kind, fetch.num_tokens))
         return name
 
-    def _begin(self, name: str, fetch: _Fetch) -> bool:
-        if name in self._running:
+    def update(self, found: dict[str, Found], loaded: dict[str, Loaded]) -> None:
+        """Take in the lookups and loads that ended on some ranks."""
+        for name, part in found.items():
+            fetch = self._running.get(name)
+            if fetch is None or fetch.key is not None:
+                continue  # of before a reset
+            fetch.found = part if fetch.found is None else fetch.found.merge(part)
+            if fetch.found.ranks >= self._num_ranks:
+                self._decide(name, fetch, fetch.found)
+        for key, end in loaded.items():
+            name = self._loading.get(key, "")
+            fetch = self._running.get(name)
+            if fetch is None:
+                # Of before a reset: if nobody has stored it anew, it is to go.
+                self._segments.stored(key, 0)
+                self._encoder_rows.stored(key, 0)
+                continue
+            fetch.loaded = end if fetch.loaded is None else fetch.loaded.merge(end)
+            if fetch.loaded.ranks >= self._num_ranks:
+                self._settle(name, fetch, fetch.loaded)
+
+    def _decide(self, name: str, fetch: _Fetch, found: Found) -> None:
+        """All ranks have looked: load the best candidate of the nearest tier, if that pays."""
+        key = min(
+            (key for key in fetch.candidates if key in found.tiers),
+            key=lambda key: TIERS.index(found.tiers[key]),
+            default=None,
+        )
+        if key is None:
+            self._end(name, _Ended(found.no_answer or "miss"))
+        elif fetch.until <= self._clock():
+            self._end(name, _Ended("late", found.tiers[key]))
+        elif not self._pays(fetch, found.tiers[key]) or not self._reserve(fetch, key):
+            self._end(name, _Ended("skipped", found.tiers[key]))
+        else:
+            fetch.key, fetch.tier = key, found.tiers[key]
+            self._loading[key] = name
+            self._loads.append(name)
+
+    def _pays(self, fetch: _Fetch, tier: str) -> bool:
+        if not fetch.saved_tokens or self._is_worth(tier, fetch.num_bytes, fetch.saved_tokens):
             return True
-        in_flight = sum(running.num_bytes for running in self._running.values())
-        if in_flight and in_flight + fetch.num_bytes > self._max_bytes:
-            return False
-        self._running[name] = fetch
-        most = int(fetch.num_bytes * _LARGER) + _HEADERS
-        num_tokens = len(fetch.item.span) if fetch.kind == "kv" else fetch.item.num_embeds
-        plan = FetchPlan(tuple(fetch.candidates), fetch.kind, most, fetch.saved_tokens, num_tokens)
-        self._fetches.append(plan)
-        return True
-
-    def update(self, fetched: dict[str, Fetched]) -> None:
-        """Take in the fetches that ended on some ranks."""
-        for name, part in fetched.items():
-            fetch = self._running[name]
-            fetch.ended = part if fetch.ended is None else fetch.ended.merge(part)
-            if fetch.ended.ranks >= self._num_ranks:
-                self._settle(name, fetch, fetch.ended)
-
-    def _settle(self, name: str, fetch: _Fetch, ended: Fetched) -> None:
-        if fetch.is_stale:
-            ended = replace(ended, key=None, no_answer="skipped")
-        for ticket in self._tickets.values():
-            if name in ticket.running:
-                ticket.ended[name] = ended
-        if ended.key is None or not self._reserve(fetch, ended.key):
-            del self._running[name]
-            if ended.num_bytes:
-                self._unwanted.append(name)
-            return
-        self._admitted.append(name)
-        for ticket in self._tickets.values():
-            if name in ticket.running:
-                ticket.tier = slowest(ticket.tier, ended.tier)
-        if fetch.kind == "kv":
-            # Workers admit it before they load anything in the step that is being planned. Should
-            # there be no room after all, it is computed instead.
-            del self._running[name]
-            self._segments.stored(ended.key, self._num_ranks)
-            self._segments.promise(ended.key)  # until the workers have admitted it
+        self._num_skipped += 1
+        return self._num_skipped % _TRY_AGAIN_AFTER == 0
 
     def _reserve(self, fetch: _Fetch, key: str) -> bool:
         ordinal = fetch.candidates[key]
@@ -190,24 +227,31 @@ class Staging:
             return self._encoder_rows.reserve(key, fetch.num_bytes)
         return self._donors.adopt(fetch.item, ordinal, fetch.num_bytes) is not None
 
-    def _is_over(self, name: str) -> bool:
-        """Whether encoder rows that were found are ready, or lost.
+    def _settle(self, name: str, fetch: _Fetch, loaded: Loaded) -> None:
+        """All ranks have loaded the segment, or some could not."""
+        assert fetch.key is not None
+        index = self._segments if fetch.kind == "kv" else self._encoder_rows
+        if not loaded.is_here:
+            index.lost(fetch.key)
+            self._end(name, _Ended("failed", fetch.tier))
+            return
+        index.stored(fetch.key, self._num_ranks)
+        index.promise(fetch.key)  # until those who wait for it have been asked again
+        self._end(name, _Ended("hit", fetch.tier))
 
-        vLLM ends the engine where promised encoder outputs are not there, so all ranks have to
-        say first that they hold them.
-        """
-        fetch = self._running.get(name)
-        if fetch is None:
-            return True
-        found = fetch.ended is not None and fetch.ended.ranks >= self._num_ranks
-        key = fetch.item.encoder_key
-        if not found or (key in self._encoder_rows and not self._encoder_rows.is_ready(key)):
-            return False
-        del self._running[name]
-        return True
+    def _end(self, name: str, ended: _Ended) -> None:
+        fetch = self._running.pop(name)
+        if fetch.key is not None:
+            self._loading.pop(fetch.key, None)
+        for ticket in self._tickets.values():
+            if name in ticket.running:
+                ticket.running.discard(name)
+                ticket.ended[name] = ended
+                if ended.outcome == "hit":
+                    ticket.tier = slowest(ticket.tier, ended.tier)
 
     def tier_of(self, req_id: str) -> str | None:
-        """Slowest tier that anything was fetched from for a request; None: nothing was."""
+        """Slowest tier that anything was loaded from for a request; None: nothing was."""
         ticket = self._tickets.get(req_id)
         return None if ticket is None else ticket.tier
 
@@ -223,30 +267,26 @@ class Staging:
         if ticket is None or name is None:
             return Lookup(item, "miss")
         ended = ticket.ended.get(name)
-        if ended is None:
-            return Lookup(item, "late")
-        outcome: Outcome = "hit" if ended.key is not None else ended.no_answer or "miss"
-        return Lookup(item, outcome, ended.tier)
+        return Lookup(item, "late") if ended is None else Lookup(item, ended.outcome, ended.tier)
 
     def reset(self) -> None:
-        """Forget what was fetched; requests that still wait ask anew."""
-        begun = {plan.keys[0] for plan in self._fetches}
-        self._running = {
-            name: replace(fetch, is_stale=True)
-            for name, fetch in self._running.items()
-            if name not in begun and (fetch.ended is None or fetch.ended.ranks < self._num_ranks)
-        }
-        self._unwanted += self._admitted
-        self._tickets, self._fetches, self._admitted = {}, [], []
+        """Forget what is fetched; requests that still wait ask anew."""
+        self._running, self._loading, self._tickets = {}, {}, {}
+        self._lookups, self._loads = [], []
 
     def forget(self, req_id: str) -> None:
         """A request has ended."""
         self._tickets.pop(req_id, None)
 
-    def take_plans(self) -> tuple[list[FetchPlan], list[str], list[str]]:
-        """Fetches to begin, and names of those to admit and to throw away, since the last call."""
-        for name in list(self._running):
-            self._is_over(name)  # also of requests that ended
-        plans = self._fetches, self._admitted, self._unwanted
-        self._fetches, self._admitted, self._unwanted = [], [], []
-        return plans
+    def take_plans(self) -> tuple[list[LookupPlan], list[LoadPlan]]:
+        """Lookups and loads to begin, since the last call."""
+        now = self._clock()
+        lookups, self._lookups = self._lookups, []
+        names, self._loads = self._loads, []
+        loads = []
+        for name in names:
+            fetch = self._running[name]
+            assert fetch.key is not None
+            left = max(0.0, fetch.until - now)
+            loads.append(LoadPlan(fetch.key, fetch.kind, fetch.num_tokens, left))
+        return lookups, loads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -90,7 +91,7 @@ class Statistics:
             self._new.observe(metrics.TTFT_PART_SECONDS, part, tier or metrics.NOWHERE, value=took)
 
     def waited_in_vain(self, seconds: float) -> None:
-        """A request waited for disk and Redis, and claims nothing."""
+        """A request waited for segments from below host memory, and claims nothing."""
         if seconds:
             self._saved(-seconds)
 
@@ -102,6 +103,15 @@ class Statistics:
     def prefill_speed(self) -> float | None:
         """Tokens per second of vLLM's own prefill, of the slowest rank; None: not known yet."""
         return _slowest(state.tokens_per_second for state in self._workers.values())
+
+    def read_seconds(self, tier: str, num_bytes: int) -> float | None:
+        """How long loading so many bytes from a tier takes on the slowest rank; None: not known."""
+        seconds = [
+            state.latency_seconds + num_bytes / (state.bytes_per_second or math.inf)
+            for worker in self._workers.values()
+            if (state := worker.tiers.get(tier)) and state.latency_seconds is not None
+        ]
+        return max(seconds, default=None)
 
     def take(self) -> VLCacheStats | None:
         """What is new since the last call; None: nothing."""
@@ -120,15 +130,15 @@ class Statistics:
         return new
 
     def _set_worker_gauges(self) -> None:
-        """Of the slowest rank, and of the worst breaker of each tier."""
+        """Of the slowest rank, and of the worst guard of each tier."""
         self._set(metrics.PREFILL_TOKENS_PER_SECOND, value=self.prefill_speed)
         by_tier: dict[str, list[TierState]] = {}
         for worker in self._workers.values():
             for tier, state in worker.tiers.items():
                 by_tier.setdefault(tier, []).append(state)
         for tier, states in by_tier.items():
-            breaker = max(metrics.BREAKER_STATES.index(state.breaker) for state in states)
-            self._set(metrics.BREAKER_STATE, tier, value=breaker)
+            guard = max(metrics.GUARD_STATES.index(state.guard) for state in states)
+            self._set(metrics.GUARD_STATE, tier, value=guard)
             speed = _slowest(state.bytes_per_second for state in states)
             self._set(metrics.TIER_BYTES_PER_SECOND, tier, value=speed)
             latencies = [s.latency_seconds for s in states if s.latency_seconds is not None]
@@ -152,20 +162,22 @@ def _counter_of(event: str) -> tuple[Metric, str] | None:
     Failures that show in a request's figures as well are counted there, once for all ranks.
     """
     what, _, detail = event.partition(".")
-    if what == "refused" or event in ("admit.no_room", "write.queue_full"):
+    if what == "refused":
         return metrics.REFUSED, detail
-    if what in ("failed", "fallback", "fetch"):
-        reason = what if what == "fetch" else detail
-        return (metrics.FELL_BACK, reason) if reason in metrics.FALLBACKS else None
-    _, _, ended = detail.partition(".")
-    if event.endswith("read.bytes"):
+    if what in ("failed", "fallback"):
+        return (metrics.FELL_BACK, detail) if detail in metrics.FALLBACKS else None
+    # Of a tier.
+    if detail == "read.bytes":
         return metrics.READ_BYTES, what
-    if event.endswith("write.bytes"):
+    if detail == "write.bytes":
         return metrics.WRITTEN_BYTES, what
+    operation, _, ended = detail.partition(".")
+    if operation == "refused":
+        return metrics.REFUSED, ended
     if ended == "skipped":
-        return metrics.REFUSED, "breaker"
-    if ended.removeprefix("refused_") in metrics.REFUSALS:
-        return metrics.REFUSED, ended.removeprefix("refused_")
-    if f"tier_{ended}" in metrics.FALLBACKS:
-        return metrics.FELL_BACK, f"tier_{ended}"
+        return metrics.REFUSED, "left_alone"
+    if ended == "queue_full":
+        return metrics.REFUSED, "queue_full"
+    if ended in ("late", "failed"):
+        return metrics.FELL_BACK, f"tier_{operation}"
     return None

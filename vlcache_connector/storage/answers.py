@@ -7,7 +7,7 @@ LMCache seam: `L2AdapterInterface` (`lmcache/v1/distributed/l2_adapters/base.py`
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.platform import create_event_notifier
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 Operation = Literal["lookup", "load", "store"]
 _OPERATIONS: tuple[Operation, ...] = ("lookup", "load", "store")
+
+
+@runtime_checkable
+class TellsLookupErrors(Protocol):
+    """An adapter that can tell a lookup that failed from one that found nothing."""
+
+    def pop_lookup_error(self, task_id: int) -> str | None:
+        """Why a lookup failed, once it was answered and once only; None: it did not."""
 
 
 class AnsweringAdapter(L2AdapterInterface):

@@ -1,8 +1,11 @@
 """Mooncake Store as an L2 adapter, over its Python client.
 
 LMCache's own `mooncake_store` adapter needs a native module that its wheel does not have. This one
-is loaded through LMCache's adapter type "plugin". Objects go from and to LMCache's host memory
-without a copy, as all of it is registered with Mooncake.
+is registered as "mooncake". Objects go from and to LMCache's host memory without a copy, as all of
+it is registered with Mooncake.
+
+LMCache seam: `register_l2_adapter_type` and `register_l2_adapter_factory`
+(`lmcache/v1/distributed/l2_adapters/config.py`, `factory.py`).
 """
 
 from __future__ import annotations
@@ -12,13 +15,21 @@ import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.internal_api import L2StoreResult
+from lmcache.v1.distributed.l2_adapters.config import (
+    L2AdapterConfigBase,
+    register_l2_adapter_type,
+)
+from lmcache.v1.distributed.l2_adapters.factory import register_l2_adapter_factory
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
+from vlcache_connector.config import Bytes
 from vlcache_connector.storage.answers import AnsweringAdapter, Operation
 
 if TYPE_CHECKING:
@@ -31,52 +42,78 @@ logger = logging.getLogger(__name__)
 _FOUND = 1
 _PROBE_SECONDS = 2.0
 
-_DEFAULTS: dict[str, Any] = {
-    "local_hostname": "127.0.0.1",
-    "metadata_server": None,
-    "global_segment_size": 0,
-    "local_buffer_size": 16 << 20,
-    "protocol": "tcp",
-    "rdma_devices": "",
-    "master_server_address": None,
-    "num_workers": 4,
-}
-"""Parameters, named as Mooncake names them; None: has to be given."""
+_NO_SERVER = "P2PHANDSHAKE"
+"""Mooncake's nodes then need no metadata server."""
+
+
+@dataclass(config=ConfigDict(strict=True), kw_only=True)
+class MooncakeConfig(L2AdapterConfigBase):
+    """Keys of an adapter of type "mooncake", named as Mooncake names them.
+
+    Attributes:
+        metadata_server: `http://host:port/metadata`, or "P2PHANDSHAKE".
+        master_server_addr: `host:port`.
+        local_hostname: under which other nodes reach this one.
+        global_segment_size: bytes that this node contributes.
+        local_buffer_size: bytes of Mooncake's own, for what is no host memory of LMCache's.
+        protocol: "tcp" or "rdma".
+        rdma_devices: those that are used, with commas between them.
+        num_workers: threads.
+    """
+
+    metadata_server: str = Field(pattern=f"^(https?://.+|{_NO_SERVER})$")
+    master_server_addr: str = Field(pattern=r"^[^/@]+:[0-9]+$")
+    local_hostname: str = Field(default="127.0.0.1", min_length=1)
+    global_segment_size: Bytes = Field(default=0, ge=0)
+    local_buffer_size: Bytes = Field(default=16 << 20, ge=0)
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    rdma_devices: str = ""
+    num_workers: int = Field(default=4, gt=0)
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> MooncakeConfig:
+        """Check the keys; those that all adapters have are not looked at.
+
+        Raises:
+            ValueError: a value is not allowed.
+        """
+        return cls(**{key: d[key] for key in d if key in cls.__annotations__})
+
+    @classmethod
+    def help(cls) -> str:
+        return str(cls.__doc__)
 
 
 class MooncakeAdapter(AnsweringAdapter):
     """An L2 adapter over a Mooncake client.
 
     Args:
-        params: see `_DEFAULTS`; `global_segment_size` is how many bytes this node contributes.
+        config: see there.
         l1_memory_desc: LMCache's host memory.
 
     Raises:
-        ValueError: a parameter is unknown or missing.
-        RuntimeError: Mooncake refused.
+        RuntimeError: a server does not answer, or Mooncake refused.
     """
 
-    def __init__(
-        self, params: Mapping[str, Any], *, l1_memory_desc: L1MemoryDesc | None = None
-    ) -> None:
+    def __init__(self, config: MooncakeConfig, l1_memory_desc: L1MemoryDesc | None) -> None:
         super().__init__()
-        values = _checked(params)
+        self._lookup_errors: dict[int, str] = {}
         from mooncake.store import MooncakeDistributedStore
 
         if l1_memory_desc is None:
             raise RuntimeError("Mooncake needs LMCache's host memory in one piece")
         # `setup` waits for both of them without an end, and stops all of Python meanwhile.
-        for name in ("metadata_server", "master_server_address"):
-            _require_answer(name, values[name])
+        for name in ("metadata_server", "master_server_addr"):
+            _require_answer(name, getattr(config, name))
         self._client = MooncakeDistributedStore()
         code = self._client.setup(
-            values["local_hostname"],
-            values["metadata_server"],
-            values["global_segment_size"],
-            values["local_buffer_size"],
-            values["protocol"],
-            values["rdma_devices"],
-            values["master_server_address"],
+            config.local_hostname,
+            config.metadata_server,
+            config.global_segment_size,
+            config.local_buffer_size,
+            config.protocol,
+            config.rdma_devices,
+            config.master_server_addr,
         )
         if code:
             raise RuntimeError(f"Mooncake's setup failed with code {code}")
@@ -84,7 +121,7 @@ class MooncakeAdapter(AnsweringAdapter):
         if code:
             self._client.close()
             raise RuntimeError(f"Mooncake did not take host memory: code {code}")
-        self._workers = ThreadPoolExecutor(values["num_workers"], "vlcache-mooncake")
+        self._workers = ThreadPoolExecutor(config.num_workers, "vlcache-mooncake")
 
     def submit_store_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
         def store() -> L2StoreResult:
@@ -103,6 +140,8 @@ class MooncakeAdapter(AnsweringAdapter):
     ) -> int:
         def look_up() -> Bitmap:
             codes = self._client.batch_is_exist(_names(keys))
+            if min(codes) < 0:
+                raise RuntimeError(f"Mooncake could not look it up: code {min(codes)}")
             return _bitmap([code == _FOUND for code in codes])
 
         return self._submit("lookup", look_up, Bitmap(len(keys)))
@@ -114,6 +153,9 @@ class MooncakeAdapter(AnsweringAdapter):
             return _bitmap([got == size for got, size in zip(read, sizes, strict=True)])
 
         return self._submit("load", load, Bitmap(len(keys)))
+
+    def pop_lookup_error(self, task_id: int) -> str | None:
+        return self._lookup_errors.pop(task_id, None)
 
     def submit_unlock(self, keys: list[ObjectKey]) -> None:
         pass  # Mooncake's own leases protect what was looked up
@@ -137,8 +179,10 @@ class MooncakeAdapter(AnsweringAdapter):
         def run() -> None:
             try:
                 answer = work()
-            except Exception:
-                logger.exception("Mooncake: %s failed", operation)
+            except Exception as error:
+                logger.warning("Mooncake: a %s failed: %s", operation, error)
+                if operation == "lookup":
+                    self._lookup_errors[task_id] = str(error)
                 answer = failed
             self._answer(operation, task_id, answer)
 
@@ -146,20 +190,10 @@ class MooncakeAdapter(AnsweringAdapter):
         return task_id
 
 
-def _checked(params: Mapping[str, Any]) -> dict[str, Any]:
-    for name, value in params.items():
-        if name not in _DEFAULTS:
-            allowed = ", ".join(_DEFAULTS)
-            raise ValueError(f"adapter_params.{name}={value!r}: the parameters are {allowed}")
-    values = {**_DEFAULTS, **params}
-    for name, value in values.items():
-        if value is None:
-            raise ValueError(f"adapter_params.{name} is missing: Mooncake can't do without it")
-    return values
-
-
 def _require_answer(name: str, address: str) -> None:
     """Raise RuntimeError if nobody answers there."""
+    if address == _NO_SERVER:
+        return
     try:
         if address.startswith("http"):
             with contextlib.suppress(HTTPError):  # an answer, too
@@ -190,3 +224,14 @@ def _bitmap(bits: Sequence[bool]) -> Bitmap:
         if bit:
             bitmap.set(index)
     return bitmap
+
+
+def _create(
+    config: L2AdapterConfigBase, l1_memory_desc: L1MemoryDesc | None = None
+) -> MooncakeAdapter:
+    assert isinstance(config, MooncakeConfig)
+    return MooncakeAdapter(config, l1_memory_desc)
+
+
+register_l2_adapter_type("mooncake", MooncakeConfig)
+register_l2_adapter_factory("mooncake", _create)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from vllm.logger import init_logger
 
-from ..store import KVWriter
+from ..storage.segment import KVWriter
 from ..streams import Outbox, Side, upload
 from ..support import KVShape
 

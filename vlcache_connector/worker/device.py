@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
-from ..store import Segment, SegmentInfo
+from ..storage.segment import Segment, SegmentInfo
 from ..streams import Leaving, Mark, Side
 
 logger = init_logger(__name__)

@@ -13,7 +13,8 @@ import torch
 from vllm.logger import init_logger
 
 from ..protocol import EncoderPlan, EncoderReport
-from ..store import Segment, SegmentId
+from ..storage.header import SegmentId
+from ..storage.segment import Segment
 from .ranks import all_ranks_have, in_lockstep
 from .storage import Storage
 

@@ -19,7 +19,6 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from .. import weights
 from ..attention import hook
 from ..support import config_of, own_transfer, uses_vlcache
-from ..tiers import configured
 from .checksum import checksum
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def watch_model_loading() -> None:
         if own_transfer(vllm_config) is not None:
             hook.install()
         model = original(self, vllm_config, model_config, prefix)
-        tiers = configured(config_of(vllm_config))
+        tiers = config_of(vllm_config).tier_keys
         _loaded.append(
             _Loaded(
                 weakref.ref(model_config), weakref.ref(model), checksum(model) if tiers else None

@@ -1,4 +1,4 @@
-"""Fetches what reuse plans need from the store, and settles what is done when it is not there."""
+"""Opens what reuse plans need, and settles what is done when it is not there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from vllm.logger import init_logger
 
 from ..attention.metadata import slots_of
 from ..protocol import Item, ReusePlan, Span, of_runs
-from ..store import Segment, SegmentId
+from ..storage.header import SegmentId
+from ..storage.segment import Segment
 from ..streams import Ring, Staged, StagedSegment, upload
 from ..support import KVShape
 from .encoder import EncoderRows
@@ -66,7 +67,7 @@ class LoadedPlan:
         self.fallback = self.fallback or why
 
     def release(self) -> None:
-        """Give the segments back to the store."""
+        """Give the segments back."""
         for segment in (*self.segments.values(), *self.opened, *self.dropped):
             segment.release()
 

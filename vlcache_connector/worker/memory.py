@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -17,8 +17,9 @@ import torch
 from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
 
 from ..config import ConfigError, VLCacheConfig
-from ..tiers import configured
 
+_STATISTICS = (Path("/sys/fs/cgroup/memory.stat"), Path("/sys/fs/cgroup/memory/memory.stat"))
+"""Of the control group, in version 2 and 1."""
 _SLACK = 1.05
 """Room for headers and alignment, which the scheduler side's accounts leave out."""
 
@@ -26,7 +27,7 @@ _SLACK = 1.05
 def host_memory(config: VLCacheConfig, num_ranks: int) -> int:
     """Bytes of host memory that each rank takes at start."""
     budget = config.cpu_bytes // num_ranks + config.encoder_cpu_bytes
-    if configured(config):  # what is being written keeps its memory after it was evicted
+    if config.tier_keys:  # what is being written keeps its memory after it was evicted
         budget += config.write_queue_bytes
     return int(budget * _SLACK) + (8 << 20)
 
@@ -76,12 +77,24 @@ def check_memory(config: VLCacheConfig, host_bytes: int, device: torch.device) -
 
 
 def available_host_memory() -> int:
-    """Bytes of host memory that nobody uses, within the control group's limit if there is one."""
+    """Bytes of host memory that nobody needs, within the control group's limit if there is one."""
     free = int(psutil.virtual_memory().available)
     limit = get_cgroup_memory_limit()
     if limit is None:
         return free
-    return min(free, max(0, limit - (get_cgroup_memory_usage() or 0)))
+    used = (get_cgroup_memory_usage() or 0) - _page_cache(_STATISTICS)
+    return min(free, max(0, limit - max(0, used)))
+
+
+def _page_cache(statistics: Sequence[Path]) -> int:
+    """Bytes of the control group's usage that are files nobody has read of late: the kernel gives
+    them to whoever needs memory."""
+    for path in statistics:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            fields = dict(line.split() for line in path.read_text().splitlines())
+            # Version 1 tells a group's own apart from all below it, which its limit is for.
+            return int(fields.get("total_inactive_file") or fields["inactive_file"])
+    return 0
 
 
 def _gib(num_bytes: int) -> str:

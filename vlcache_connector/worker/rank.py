@@ -38,7 +38,7 @@ class Rank:
 def _open(vllm_config: VllmConfig) -> Rank:
     device = torch.device(current_platform.device_type)
     pace = Pace(config_of(vllm_config).prefill_tokens_per_second)
-    storage = open_storage(vllm_config, pace)
+    storage = open_storage(vllm_config)
     return Rank(storage, EncoderRows(storage, device), pace)
 
 

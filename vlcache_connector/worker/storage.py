@@ -1,12 +1,13 @@
-"""What a worker stores its segments in: host memory, device memory above, disk and Redis below.
+"""What a worker stores its segments in: host memory, device memory above, adapters below.
 
 The scheduler side decides what host memory holds. Device memory has copies of what was used last;
-disk and Redis get a copy of everything that is stored, and give it back on demand.
+the adapters get a copy of everything that is stored, and give it back on demand.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -16,56 +17,62 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from ..identity import check_identity, model_fingerprint
-from ..protocol import Fetched, FetchPlan, TierState
-from ..store import KVWriter, LMCacheSegmentStore, Segment, SegmentId, SegmentStore
+from ..identity import check_identity, digest, model_fingerprint
+from ..protocol import Found, Loaded, LoadPlan, LookupPlan, NoAnswer, TierState
+from ..storage.adapters import encryption_key, open_adapters, require_adapters
+from ..storage.engine import Lookup, SegmentEngine
+from ..storage.header import SegmentId
+from ..storage.layout import SegmentLayout, Space
+from ..storage.names import Namespace
+from ..storage.segment import KVWriter, Segment
 from ..streams import Leaving, Side, make_side
-from ..support import config_of, kv_shape
-from ..tiers import open_tiers
+from ..support import can_store, config_of, encoder_width, kv_shape, model_dtype
 from .device import DeviceSegments
 from .loaded import holds_what_was_loaded
 from .memory import check_memory, host_memory, taking_turns
-from .pace import Pace
 from .ranks import all_ranks_have, own_rank
-from .transfers import Admission, Transfers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from ..storage.disk import Janitor
+
 logger = init_logger(__name__)
+
+_LAST_MOMENT_SECONDS = 5.0
+_POLL_SECONDS = 0.0005
 
 
 class Storage:
     """All tiers of one rank; used from one thread.
 
     Args:
-        host: segments in host memory.
+        engine: host memory, and what is below it.
         num_layers: of a KV segment.
         device: copies in device memory, if any are to be kept.
-        transfers: to and from the tiers below host memory, if there are any.
         side: a stream for copies beside the model's own, if there is one.
         leaving: what is read by copies is released through it.
+        janitor: of the directory of `disk_path`, if there is one.
         is_unchanged: whether the weights are those that were loaded; by its result all ranks go.
     """
 
     def __init__(
         self,
-        host: SegmentStore,
+        engine: SegmentEngine,
         num_layers: int,
         *,
         device: DeviceSegments | None = None,
-        transfers: Transfers | None = None,
         side: Side | None = None,
         leaving: Leaving | None = None,
+        janitor: Janitor | None = None,
         is_unchanged: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.host = host
+        self.engine = engine
         self.side = side
         self.leaving = leaving or Leaving(side, torch.device("cpu"))
-        self._failed: list[Admission] = []
         self._num_layers = num_layers
         self._device = device
-        self._transfers = transfers
+        self._janitor = janitor
         self._is_unchanged = is_unchanged
         self._generation = 0
 
@@ -78,48 +85,45 @@ class Storage:
         if generation == self._generation:
             return
         self._generation = generation
-        if self._transfers is not None:
-            try:
-                is_same = self._is_unchanged()
-            except Exception:
-                logger.exception("VLCache: what the weights are now is not known")
-                is_same = False
-            [is_same] = all_ranks_have([is_same])
-            self._transfers.set_open(is_same)
+        if not self.engine.tiers:
+            return
+        try:
+            is_same = self._is_unchanged()
+        except Exception:
+            logger.exception("VLCache: what the weights are now is not known")
+            is_same = False
+        [is_same] = all_ranks_have([is_same])
+        for tier in self.engine.tiers:
+            if tier.is_open != is_same:
+                logger.warning(
+                    "VLCache: the weights are %s: %s is %s",
+                    "those that were loaded again" if is_same else "not those that were loaded",
+                    tier.name,
+                    "in use" if is_same else "left alone, what it holds is of those",
+                )
+            tier.set_open(is_same)
 
     def open_kv(self, key: str, positions: Tensor) -> KVWriter | None:
-        """Begin to store a KV segment, see `SegmentStore.open_kv`; `keep_kv` ends it."""
+        """Begin to store a KV segment, see `SegmentEngine.open_kv`; `keep_kv` ends it."""
         self._forget_copy(key)
-        return self.host.open_kv(key, positions)
+        return self.engine.open_kv(key, positions)
 
     def keep_kv(self, writer: KVWriter, valid: Tensor) -> bool:
         """Store a segment that was written, see `KVWriter.finish`; whether it is."""
-        return self._put(writer.key, writer.finish(valid))
+        self._forget_copy(writer.key)
+        return writer.finish(valid) > 0
 
     def put_encoder(self, key: str, rows: Tensor) -> bool:
-        """Store encoder rows, see `SegmentStore.put_encoder`; whether there was room."""
-        return self._put(key, self.host.put_encoder(key, rows))
-
-    def _put(self, key: str, num_bytes: int) -> bool:
-        self._forget_copy(key)
-        self._take_in()
-        return num_bytes > 0
-
-    def _take_in(self, *, waits: bool = False) -> None:
-        """Hand on what host memory has complete by now."""
-        for segment, is_stored in self.host.settle(waits=waits):
-            if not is_stored:
-                self._failed.append(Admission(segment, is_stored=False))
-            elif self._transfers is not None:
-                self._transfers.write(segment)
+        """Store encoder rows, see `SegmentEngine.put_encoder`; whether there was room."""
+        return self.engine.put_encoder(key, rows) > 0
 
     def get(self, segment: SegmentId) -> Segment | None:
         """Open a segment in device or host memory; the caller has to release it."""
         if self._device is None or segment.kind != "kv":
-            return self.host.get(segment)
+            return self.engine.get(segment)
         found = self._device.get(segment.key)
         if found is None:
-            found = self.host.get(segment)
+            found = self.engine.get(segment)
             if found is not None:
                 found = self._device.promote(found, self._num_layers)
         return found
@@ -137,116 +141,150 @@ class Storage:
         """Forget a segment in device and host memory."""
         if segment.kind == "kv":
             self._forget_copy(segment.key)
-        self.host.remove(segment)
+        self.engine.remove(segment)
 
     def _forget_copy(self, key: str) -> None:
         if self._device is not None:
             self._device.remove(key)
 
-    def fetch(self, plan: FetchPlan) -> None:
-        """Look for a segment below host memory; `take_fetched` tells how that went."""
-        if self._transfers is not None:
-            self._transfers.fetch(plan)
+    def look_up(self, plans: Sequence[LookupPlan]) -> None:
+        """Look for segments below host memory; `take_found` tells what there is."""
+        lookups = []
+        for plan in plans:
+            segments = [SegmentId(key, plan.kind) for key in plan.keys]
+            lookups.append(Lookup(plan.keys[0], segments, plan.num_tokens))
+        self.engine.look_up(lookups)
 
-    def take_fetched(self, wait_seconds: float) -> list[tuple[str, Fetched]]:
-        """Fetches that ended, by name; waits for one as long as that, if any is running."""
-        return [] if self._transfers is None else self._transfers.take_ended(wait_seconds)
+    def load(self, plan: LoadPlan) -> None:
+        """Bring a segment to host memory; `take_loaded` tells how that went."""
+        deadline = time.monotonic() + plan.seconds_left
+        self.engine.load(SegmentId(plan.key, plan.kind), plan.num_tokens, deadline)
 
-    def settle(self, admitted: Sequence[str], unwanted: Sequence[str]) -> list[Admission]:
-        """Move fetched segments to host memory, or throw them away.
+    def take_answers(self, wait_seconds: float) -> tuple[dict[str, Found], dict[str, Loaded]]:
+        """Lookups that ended, by name, and loads that ended, by content key.
 
-        Returns:
-            What became of those that were admitted, and what is not stored after all.
+        Args:
+            wait_seconds: how long to wait for one while any is on its way.
         """
+        until = time.monotonic() + wait_seconds
+        while True:
+            found = {
+                answer.name: Found(
+                    1, answer.tiers, "failed" if answer.has_failed else _skipped(answer.was_skipped)
+                )
+                for answer in self.engine.take_looked_up()
+            }
+            loaded = {end.id.key: Loaded(1, end.is_here) for end in self.engine.take_loaded()}
+            if found or loaded or not self.engine.is_busy or time.monotonic() >= until:
+                return found, loaded
+            time.sleep(_POLL_SECONDS)
+
+    def settle(self) -> list[SegmentId]:
+        """Take in what has been copied by now; what of it could not be stored after all."""
         self.leaving.poll()
-        self._take_in()
-        failed, self._failed = self._failed, []
-        if self._transfers is None:
-            return failed
-        self._transfers.release_written()
-        for name in unwanted:
-            self._transfers.discard(name)
-        admissions = (self._transfers.admit(name) for name in admitted)
-        return [*failed, *(admission for admission in admissions if admission is not None)]
+        return [segment for segment, is_stored in self.engine.settle() if not is_stored]
 
     def take_events(self) -> Counter[str]:
         """What happened in the tiers below since the last call, by kind."""
-        return Counter() if self._transfers is None else self._transfers.take_events()
+        return self.engine.take_events()
 
     def tier_states(self) -> dict[str, TierState]:
         """What is known of the tiers below, by name."""
-        return {} if self._transfers is None else self._transfers.tier_states()
+        return {tier.name: tier.state() for tier in self.engine.tiers}
 
     def flush(self, seconds: float) -> bool:
-        """Wait until disk and Redis have what was stored; whether they have."""
-        self._take_in(waits=True)
-        return self._transfers is None or self._transfers.flush(seconds)
+        """Wait until the adapters have what was stored; whether they have."""
+        return self.engine.flush(seconds)
 
     def close(self) -> None:
-        """Release all memory and threads."""
+        """Release all memory and threads, after a last moment for what is still to be written."""
         self.leaving.close()
-        if self._transfers is not None:
-            self._take_in(waits=True)
-            self._transfers.close()
-        self.host.close()
+        self.flush(_LAST_MOMENT_SECONDS)
+        if self._janitor is not None:
+            self._janitor.close()
+        self.engine.close()
 
 
-def open_storage(vllm_config: VllmConfig, pace: Pace) -> Storage:
+def _skipped(was_skipped: bool) -> NoAnswer | None:
+    return "skipped" if was_skipped else None
+
+
+def segment_layout(vllm_config: VllmConfig, rank: int) -> SegmentLayout:
+    """How a rank's segments become objects."""
+    config, shape, model = config_of(vllm_config), kv_shape(vllm_config), vllm_config.model_config
+    namespace = Namespace(config.deployment, _stored_as(vllm_config))
+    return SegmentLayout(
+        Space(str(namespace), rank, vllm_config.parallel_config.tensor_parallel_size),
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        kv_dtype=shape.dtype,
+        positions_rows=3 if model.uses_mrope else 1,
+        encoder_width=encoder_width(vllm_config),
+        encoder_dtype=model_dtype(vllm_config),
+    )
+
+
+def _stored_as(vllm_config: VllmConfig) -> str:
+    """Fingerprint of a model as it stands in names of objects: who has another encryption key never
+    meets what can't be decrypted, and stores its own beside it."""
+    fingerprint, key = model_fingerprint(vllm_config), encryption_key(config_of(vllm_config))
+    return fingerprint if key is None else digest({"model": fingerprint, "key": key.id})
+
+
+def open_storage(vllm_config: VllmConfig) -> Storage:
     """The tiers that a configuration asks for, of this worker's rank.
-
-    Args:
-        pace: of this worker, which loads are weighed against.
 
     Raises:
         ConfigError: there is not as much memory, or a tier can't be used.
     """
+    # It imports LMCache, which has modules that vLLM's start of a worker can't look at.
+    from ..storage.disk import Janitor, check_directory
+
     check_identity(vllm_config, is_loaded=True)
+    logger.info("VLCache: segments are stored as of model %s", _stored_as(vllm_config))
     config, shape = config_of(vllm_config), kv_shape(vllm_config)
-    rank = own_rank()
-    num_ranks = vllm_config.parallel_config.tensor_parallel_size
-    model, fingerprint = vllm_config.model_config.model, model_fingerprint(vllm_config)
     device = torch.device(current_platform.device_type)
-    tiers = open_tiers(config, fingerprint, model)
-    budget = host_memory(config, num_ranks)
+    rank, stores = own_rank(), can_store(vllm_config)
+    if config.disk_path is not None:
+        check_directory(config.disk_path, can_store=stores)
+    adapters = open_adapters(config, can_store=stores)
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    budget, quota = host_memory(config, num_ranks), config.salt_quota_bytes
     side = make_side(device)
     with taking_turns():
         check_memory(config, budget, device)
-        host = LMCacheSegmentStore(
-            model_name=model,
-            fingerprint=fingerprint,
-            rank=rank,
-            world_size=num_ranks,
-            budget_bytes=budget,
-            num_layers=shape.num_layers,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            kv_dtype=shape.dtype,
-            # This process wrote or checked the memory itself: a checksum over each read would only
-            # cost time.
-            verify=False,
+        engine = SegmentEngine(
+            segment_layout(vllm_config, rank),
+            budget,
+            adapters,
             side=side,
+            salt_quota_bytes=None if quota is None else quota // num_ranks,
         )
-    transfers = None
-    if tiers:
-        transfers = Transfers(
-            host,
-            tiers,
-            rank=rank,
-            num_ranks=num_ranks,
-            read_seconds=config.fetch_deadline_seconds,
-            queue_bytes=config.write_queue_bytes,
-            pace=pace if config.break_even else None,
-        )
+    try:
+        require_adapters(config, [tier.adapter for tier in engine.tiers])
+    except BaseException:
+        engine.close()
+        raise
+    janitor = None
+    if config.disk_path is not None:
+        janitor = Janitor(config.disk_path, config.disk_bytes, config.ttl_seconds, can_store=stores)
+        # `disk_path` is the nearest; what each rank reads of it counts as used.
+        nearest = engine.tiers[0].adapter
+        assert nearest is not None
+        nearest.register_listener(janitor)
+        if rank == 0:
+            janitor.start()
     leaving = Leaving(side, device)
     copies = None
     if config.device_bytes:
         copies = DeviceSegments(config.device_bytes, device, side, leaving)
     return Storage(
-        host,
+        engine,
         shape.num_layers,
         device=copies,
-        transfers=transfers,
         side=side,
         leaving=leaving,
+        janitor=janitor,
         is_unchanged=functools.partial(holds_what_was_loaded, vllm_config),
     )

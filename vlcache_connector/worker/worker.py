@@ -18,7 +18,9 @@ from ..attention.metadata import MetadataFactory, slots_of
 from ..protocol import (
     CanonicalPlan,
     CapturePlan,
+    Found,
     Item,
+    Loaded,
     PrefillFigures,
     RequestContext,
     ReusePlan,
@@ -26,7 +28,8 @@ from ..protocol import (
     StepReport,
     WorkerState,
 )
-from ..store import KVWriter, SegmentId
+from ..storage.header import SegmentId
+from ..storage.segment import KVWriter
 from ..support import KVShape, UnsupportedError
 from .capture import SegmentCapture
 from .encoder import EncoderRows
@@ -111,8 +114,6 @@ class WorkerSide:
         self._contexts: dict[str, RequestContext] = {}
         """Of requests whose positions nobody has asked for yet."""
         self._requests: dict[str, RequestInputs] = {}
-        self._admitted: list[str] = []
-        """Fetches whose segments are still to be moved to host memory."""
         self._completed: list[tuple[str, int, str]] = []
         """(request, item, content key) of captures that end with this step."""
         self._report = StepReport()
@@ -157,18 +158,13 @@ class WorkerSide:
         for key in plan.dropped_segments:
             with self._guarded("drop"):
                 self._storage.remove(SegmentId(key, "kv"))
-        self._admitted += plan.admitted
-        with self._guarded("admit"):
-            for admission in self._storage.settle(self._admitted, plan.unwanted):
-                key, kind = admission.id
+        with self._guarded("settle"):
+            for key, kind in self._storage.settle():
                 if kind == "encoder":
-                    self._encoder_rows.settled(key, is_stored=admission.is_stored)
-                elif not admission.is_stored:
+                    self._encoder_rows.settled(key, is_stored=False)
+                else:
                     self._report.lost.add(key)
-            self._admitted = []
-        for fetch in plan.fetches:
-            with self._guarded("fetch"):
-                self._storage.fetch(fetch)
+        self._begin_fetches(plan)
         for req_id in (*plan.cancelled, *plan.finished):
             with self._capturing():
                 self._capture.cancel(req_id)
@@ -177,6 +173,22 @@ class WorkerSide:
             self._requests.pop(req_id, None)
         for context in plan.contexts:
             self._contexts[context.req_id] = context
+
+    def _begin_fetches(self, plan: StepPlan) -> None:
+        """What can't be begun ends at once: requests wait for it."""
+        try:
+            if plan.lookups:
+                self._storage.look_up(plan.lookups)
+        except Exception:
+            self._report.failed("fetch")
+            logger.exception("VLCache: a lookup failed")
+            for lookup in plan.lookups:
+                self._report.found[lookup.keys[0]] = Found(1, {}, "failed")
+        for load in plan.loads:
+            with self._guarded("fetch"):
+                self._storage.load(load)
+                continue
+            self._report.loaded[load.key] = Loaded(1, is_here=False)
 
     def _inputs_of(self, req_id: str) -> RequestInputs:
         inputs = self._requests.get(req_id)
@@ -424,7 +436,9 @@ class WorkerSide:
         """
         with self._guarded("report"):
             waits = _IDLE_SECONDS if is_idle else 0.0
-            self._report.fetched |= self._storage.take_fetched(waits)
+            found, loaded = self._storage.take_answers(waits)
+            self._report.found |= found
+            self._report.loaded |= loaded
             self._report.events |= self._storage.take_events()
         with self._guarded("report"):
             self._report.encoder = self._encoder_rows.take_report()

@@ -12,16 +12,24 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from tests.helpers.deployment import CONFIGS, parse_command
 from vlcache_connector.config import VLCacheConfig
+from vlcache_connector.storage.adapters import configured
 from vlcache_connector.support import config_of, inert_reason
 
-NAMES = ("gpu", "cpu", "redis", "consumer")
+TIERS: dict[str, list[str]] = {
+    "gpu": [],
+    "cpu": [],
+    "redis": ["valkey"],
+    "consumer": ["valkey"],
+    "mooncake": ["mooncake"],
+}
+"""Below host memory, by the name of the configuration."""
 
 
 def test_all_configurations_are_tested() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(NAMES)
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(TIERS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TIERS)
 def test_vllm_and_vlcache_take_it(name: str, tiny_model: Callable[..., Path]) -> None:
     args = parse_command([str(tiny_model()), "--config", str(CONFIGS / f"{name}.yaml")])
     args.model = args.model_tag
@@ -31,14 +39,13 @@ def test_vllm_and_vlcache_take_it(name: str, tiny_model: Callable[..., Path]) ->
     assert kv.kv_connector == "VLCacheConnector"
     assert kv.kv_role == ("kv_consumer" if name == "consumer" else "kv_both")
     assert inert_reason(vllm_config) is None
-    config = config_of(vllm_config)
-    assert (config.redis_url is not None) == (name in ("redis", "consumer"))
+    assert configured(config_of(vllm_config)) == TIERS[name]
     # The KV half's flag turned it on.
     assert ec is not None
     assert (ec.ec_connector, ec.ec_role) == ("VLCacheEncoderConnector", "ec_consumer")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TIERS)
 def test_no_option_repeats_its_default(name: str) -> None:
     content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     options: dict[str, Any] = content["kv-transfer-config"]["kv_connector_extra_config"]

@@ -8,11 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import BlockHash, get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    get_request_block_hasher,
+    init_none_hash,
+    maybe_convert_block_hash,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
@@ -52,7 +58,7 @@ def exact_hashes(tokens: list[int]) -> list[BlockHash]:
     return list(make_request("plain", tokens).block_hashes)
 
 
-def make_manager() -> KVCacheManager:
+def make_manager(*, announces: bool = False) -> KVCacheManager:
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
     return KVCacheManager(
         KVCacheConfig(
@@ -61,6 +67,7 @@ def make_manager() -> KVCacheManager:
         max_model_len=1024,
         scheduler_block_size=BLOCK,
         hash_block_size=BLOCK,
+        enable_kv_cache_events=announces,
     )
 
 
@@ -451,3 +458,41 @@ def test_a_lifted_fence_makes_a_request_like_any_other() -> None:
     fence.lift(request)
     prefill(manager, request)
     assert hits(manager) == NUM_BLOCKS
+
+
+@pytest.mark.parametrize("as_int", ["0", "1"])
+@pytest.mark.parametrize("block", FENCED_BLOCKS)
+def test_only_exact_blocks_are_announced(
+    monkeypatch: pytest.MonkeyPatch, block: int, as_int: str
+) -> None:
+    monkeypatch.setenv("VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES", as_int)
+    manager, fences = make_manager(announces=True), PrefixFences(BLOCK)
+    request = make_request("fenced")
+    fences.raise_at(request, block * BLOCK + 1, POLICY)
+    prefill(manager, request)
+    decode(manager, request, list(range(2 * BLOCK)))
+    assert fences.silence(manager.block_pool) is False
+    stored = [event for event in manager.take_events() if isinstance(event, BlockStored)]
+    assert [token for event in stored for token in event.token_ids] == PROMPT[: block * BLOCK]
+    names = [name for event in stored for name in event.block_hashes]
+    assert names == list(map(maybe_convert_block_hash, exact_hashes(PROMPT)[:block]))
+    assert all(len(event.extra_keys or ()) == len(event.block_hashes) for event in stored)
+
+    # As they make room: of what was not announced nothing is said.
+    manager.free(request)
+    manager.block_pool.evict_blocks(set(range(1, 100)))
+    fences.silence(manager.block_pool)
+    removed = [event for event in manager.take_events() if isinstance(event, BlockRemoved)]
+    assert sorted(map(str, names)) == sorted(
+        str(name) for event in removed for name in event.block_hashes
+    )
+
+    # Exact ones, all of them, and what is not about blocks.
+    prefill(manager, make_request("plain"))
+    assert manager.reset_prefix_cache() is False
+    manager.block_pool.kv_event_queue.append(AllBlocksCleared())
+    assert fences.silence(manager.block_pool) is True
+    events = manager.take_events()
+    assert isinstance(events[-1], AllBlocksCleared)
+    stored = [event for event in events if isinstance(event, BlockStored)]
+    assert sum(len(event.block_hashes) for event in stored) == NUM_BLOCKS

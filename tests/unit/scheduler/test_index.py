@@ -37,6 +37,37 @@ def test_a_promise_counts_as_use() -> None:
     assert index.take_evicted() == ["b"]
 
 
+def test_what_never_comes_back_does_not_drive_out_what_does() -> None:
+    index = ResidencyIndex(100, 1)
+    for key in "abc":
+        assert index.reserve(key, 20)
+        index.stored(key, 1)
+        index.promise(key)
+    for number in range(20):  # one-offs share what is left
+        assert index.reserve(str(number), 20)
+        index.stored(str(number), 1)
+        index.settle()
+    assert all(index.is_ready(key) for key in "abc")
+    index.check_integrity()
+
+
+def test_what_was_used_again_long_ago_makes_room_for_what_is_now() -> None:
+    index = ResidencyIndex(100, 1)
+    for key in "abcde":
+        assert index.reserve(key, 20)
+        index.stored(key, 1)
+    for key in "abcde":
+        index.promise(key)  # of five, four may stay
+        index.settle()
+        index.check_integrity()
+    index.settle()
+    index.settle()
+    for key in "xy":
+        assert index.reserve(key, 20)
+    assert [index.is_ready(key) for key in "abcde"] == [False, False, True, True, True]
+    index.check_integrity()
+
+
 def test_a_promised_key_stays_for_this_step_and_the_next() -> None:
     index = make_index(10, {"a": 10})
     index.promise("a")
@@ -106,6 +137,15 @@ def test_what_does_not_fit_changes_nothing() -> None:
     assert index.is_ready("a")
     assert index.is_ready("b")
     assert (len(index), index.used_bytes, index.take_evicted()) == (2, 20, [])
+
+
+def test_what_can_never_fit_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    index = ResidencyIndex(30, 1, "encoder_cpu_bytes")
+    for key in "ab":
+        assert not index.reserve(key, 31)
+    [record] = caplog.records
+    assert "takes 31 bytes" in record.getMessage()
+    assert "Raise encoder_cpu_bytes" in record.getMessage()
 
 
 def test_a_key_that_is_known_is_not_reserved_again() -> None:
@@ -245,7 +285,10 @@ class Residency(RuleBasedStateMachine):
         super().__init__()
         self.index = ResidencyIndex(BUDGET, RANKS)
         self.sizes: dict[str, int] = {}
-        """Known keys, the least recently used one first."""
+        """Of known keys."""
+        self.once: list[str] = []
+        self.again: list[str] = []
+        """Known keys in the order in which they go."""
         self.missing: dict[str, int] = {}
         """Known key -> ranks that have not stored it."""
         self.promises: list[set[str]] = [set(), set()]
@@ -257,10 +300,11 @@ class Residency(RuleBasedStateMachine):
         self.index.on_forgotten = self.told.remove
 
     def ready(self) -> list[str]:
-        return [key for key in self.sizes if self.missing[key] == 0]
+        return [key for key in self.once + self.again if self.missing[key] == 0]
 
     def forget(self, key: str) -> None:
         del self.sizes[key], self.missing[key]
+        (self.once if key in self.once else self.again).remove(key)
 
     @initialize(sizes=st.lists(st.integers(5, 12), max_size=4))
     def begin_with_ready_keys(self, sizes: list[int]) -> None:
@@ -285,6 +329,7 @@ class Residency(RuleBasedStateMachine):
                 self.forget(victim)
             self.dropped += gone
             self.sizes[key], self.missing[key] = num_bytes, RANKS
+            self.once.append(key)
             self.told.add(key)
 
     @rule(key=KEYS, ranks=st.integers(1, RANKS))
@@ -300,7 +345,10 @@ class Residency(RuleBasedStateMachine):
     def promise(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(self.ready()))
         self.index.promise(key)
-        self.sizes[key] = self.sizes.pop(key)
+        (self.once if key in self.once else self.again).remove(key)
+        self.again.append(key)
+        while sum(self.sizes[used] for used in self.again) > 0.8 * BUDGET:
+            self.once.append(self.again.pop(0))
         self.promises[0].add(key)
 
     @rule(steps=st.integers(1, 3))

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from vlcache_connector import metrics
+from vlcache_connector.config import ADAPTER_TYPES
 from vlcache_connector.metrics import Metric, VLCacheStats
 from vlcache_connector.protocol import (
     EncoderReport,
@@ -25,8 +26,7 @@ from vlcache_connector.protocol import (
 from vlcache_connector.scheduler.index import ResidencyIndex
 from vlcache_connector.scheduler.requests import Claimed, HeldBack, Loaded, Refusal, Staged
 from vlcache_connector.scheduler.statistics import Statistics
-from vlcache_connector.store import RefusalReason
-from vlcache_connector.tiers import FAULTS, TIER_NAMES
+from vlcache_connector.storage.header import RefusalReason
 
 
 class World:
@@ -54,11 +54,11 @@ def world() -> World:
 
 def state(
     tokens_per_second: float | None = 1000.0,
-    breaker: str = "closed",
+    guard: str = "closed",
     latency: float | None = 0.5,
     speed: float | None = 100.0,
 ) -> WorkerState:
-    return WorkerState(tokens_per_second, {"disk": TierState(breaker, latency, speed)})
+    return WorkerState(tokens_per_second, {"fs": TierState(guard, latency, speed)})
 
 
 def loaded_request(figures: PrefillFigures) -> Loaded:
@@ -67,8 +67,8 @@ def loaded_request(figures: PrefillFigures) -> Loaded:
         ItemReuse(i, f"key {i}", Span(start, start + 20), (Stage(0, (Span(start, start + 2),)),))
         for i, start in enumerate((10, 40))
     )
-    staged = Staged((), "disk")
-    claimed = Claimed(ReusePlan(Span(0, 60), reused, "r", ()), {0: "cpu", 1: "disk"}, staged)
+    staged = Staged((), "fs")
+    claimed = Claimed(ReusePlan(Span(0, 60), reused, "r", ()), {0: "cpu", 1: "fs"}, staged)
     return claimed.loaded(figures)
 
 
@@ -97,25 +97,17 @@ EVENTS = {
         f"refused.{reason}": (metrics.REFUSED, reason)
         for reason in (*get_args(Refusal), *get_args(HeldBack))
     },
-    **{
-        f"disk.read.refused_{reason}": (metrics.REFUSED, reason)
-        for reason in get_args(RefusalReason)
-    },
-    **{f"{tier}.read.bytes": (metrics.READ_BYTES, tier) for tier in TIER_NAMES},
-    **{f"{tier}.write.bytes": (metrics.WRITTEN_BYTES, tier) for tier in TIER_NAMES},
-    **{
-        f"redis.{operation}.{fault}": (metrics.FELL_BACK, f"tier_{fault}")
-        for operation in ("sizes", "read", "write", "remove", "record_model")
-        for fault in FAULTS
-        if fault != "damaged"
-    },
-    "redis.read.damaged": (metrics.REFUSED, "damaged"),
-    "redis.sizes.skipped": (metrics.REFUSED, "breaker"),
-    "redis.write.skipped": (metrics.REFUSED, "breaker"),
-    "disk.read.not_worth": (metrics.REFUSED, "not_worth"),
-    "admit.no_room": (metrics.REFUSED, "no_room"),
-    "write.queue_full": (metrics.REFUSED, "queue_full"),
-    "fetch.failed": (metrics.FELL_BACK, "fetch"),
+    **{f"fs.refused.{reason}": (metrics.REFUSED, reason) for reason in get_args(RefusalReason)},
+    **{f"{tier}.read.bytes": (metrics.READ_BYTES, tier) for tier in ADAPTER_TYPES},
+    **{f"{tier}.write.bytes": (metrics.WRITTEN_BYTES, tier) for tier in ADAPTER_TYPES},
+    "refused.not_worth": (metrics.REFUSED, "not_worth"),
+    "valkey.lookup.late": (metrics.FELL_BACK, "tier_lookup"),
+    "valkey.load.failed": (metrics.FELL_BACK, "tier_load"),
+    "valkey.store.failed": (metrics.FELL_BACK, "tier_store"),
+    "valkey.lookup.skipped": (metrics.REFUSED, "left_alone"),
+    "valkey.store.skipped": (metrics.REFUSED, "left_alone"),
+    "valkey.store.queue_full": (metrics.REFUSED, "queue_full"),
+    "failed.fetch": (metrics.FELL_BACK, "fetch"),
     **{
         f"failed.{what}": (metrics.FELL_BACK, what)
         for what in ("read", "plan", "store", "canonical")
@@ -136,7 +128,7 @@ def test_an_event_is_counted_by_its_metric_under_a_label_of_the_table(
     assert stats.data == {metric.name: {(label,): 3}}
 
 
-@pytest.mark.parametrize("event", ["disk.read.calls", "failed.load", "failed.sparse prefill"])
+@pytest.mark.parametrize("event", ["fs.rebuilt", "failed.load", "failed.sparse prefill"])
 def test_what_no_metric_counts_is_known_by_name_only(world: World, event: str) -> None:
     world.statistics.happened(event)
     assert world.statistics.take() is None
@@ -147,9 +139,9 @@ def test_what_no_metric_counts_is_known_by_name_only(world: World, event: str) -
 def test_lookups_are_counted_by_tier_and_outcome(world: World, outcome: Outcome) -> None:
     assert set(get_args(Outcome)) == set(metrics.OUTCOMES)
     world.statistics.looked_up(None, outcome)
-    world.statistics.looked_up("redis", outcome)
+    world.statistics.looked_up("valkey", outcome)
     stats = world.statistics.take()
-    assert values(stats, metrics.LOOKUPS) == {("none", outcome): 1, ("redis", outcome): 1}
+    assert values(stats, metrics.LOOKUPS) == {("none", outcome): 1, ("valkey", outcome): 1}
     late = {("late",): 2} if outcome == "late" else {}
     assert values(stats, metrics.REFUSED) == late
 
@@ -158,8 +150,8 @@ def test_a_loaded_request_is_counted_by_the_tiers_of_its_images(world: World) ->
     world.statistics.take_report(StepReport(states={0: state(tokens_per_second=20.0)}))
     world.statistics.loaded(loaded_request(FIGURES), {**SECONDS, "forward": 9.0})
     stats = world.statistics.take()
-    assert values(stats, metrics.LOOKUPS) == {("cpu", "hit"): 1, ("disk", "hit"): 1}
-    assert values(stats, metrics.REUSED_TOKENS) == {("cpu",): 18, ("disk",): 18}
+    assert values(stats, metrics.LOOKUPS) == {("cpu", "hit"): 1, ("fs", "hit"): 1}
+    assert values(stats, metrics.REUSED_TOKENS) == {("cpu",): 18, ("fs",): 18}
     assert values(stats, metrics.RECOMPUTED_TOKENS) == {(): 4}
     assert values(stats, metrics.SPARSE_PREFILL_TOKENS) == {(): 24}
     # 60 claimed tokens would have taken 3 s.
@@ -187,12 +179,12 @@ def test_nothing_is_saved_by_a_load_of_unknown_cost(world: World, part: TTFTPart
 def test_parts_of_the_time_to_first_token_are_observed_by_tier(world: World) -> None:
     assert set(get_args(TTFTPart)) == set(metrics.PARTS)
     world.statistics.answered({"queue": 0.5, "forward": 0.25}, None)
-    world.statistics.answered({"queue": 0.75, "staging": 0.0}, "redis")
+    world.statistics.answered({"queue": 0.75, "staging": 0.0}, "valkey")
     assert world.taken(metrics.TTFT_PART_SECONDS) == {
         ("queue", "none"): [0.5],
         ("forward", "none"): [0.25],
-        ("queue", "redis"): [0.75],
-        ("staging", "redis"): [0.0],
+        ("queue", "valkey"): [0.75],
+        ("staging", "valkey"): [0.0],
     }
 
 
@@ -208,12 +200,12 @@ def test_what_was_lost_at_the_load_is_a_failed_lookup_and_a_fallback(world: Worl
     figures = PrefillFigures({0: 18}, 2, (42, 42), fallback="segment lost")
     world.statistics.loaded(loaded_request(figures), SECONDS)
     stats = world.statistics.take()
-    assert values(stats, metrics.LOOKUPS) == {("cpu", "hit"): 1, ("disk", "failed"): 1}
+    assert values(stats, metrics.LOOKUPS) == {("cpu", "hit"): 1, ("fs", "failed"): 1}
     assert values(stats, metrics.FELL_BACK) == {("segment_lost",): 1}
     assert values(stats, metrics.REUSED_TOKENS)[("cpu",)] == 18
     world.statistics.loaded(loaded_request(PrefillFigures(fallback="failed")), {})
     stats = world.statistics.take()
-    assert values(stats, metrics.LOOKUPS) == {("cpu", "failed"): 1, ("disk", "failed"): 1}
+    assert values(stats, metrics.LOOKUPS) == {("cpu", "failed"): 1, ("fs", "failed"): 1}
     assert values(stats, metrics.FELL_BACK) == {("failed",): 1}
 
 
@@ -225,7 +217,7 @@ def test_two_ranks_sum_their_bytes_and_count_tokens_and_segments_once(world: Wor
             stored={"a": 1},
             encoder=EncoderReport({"a": 1}),
             figures={"r": FIGURES},
-            events={"disk.read.bytes": 100 + rank},
+            events={"fs.read.bytes": 100 + rank},
             states={rank: state()},
         )
         for rank in range(2)
@@ -239,11 +231,11 @@ def test_two_ranks_sum_their_bytes_and_count_tokens_and_segments_once(world: Wor
     [figures] = report.figures.values()
     world.statistics.loaded(loaded_request(figures), SECONDS)
     stats = world.statistics.take()
-    assert values(stats, metrics.READ_BYTES) == {("disk",): 201}
+    assert values(stats, metrics.READ_BYTES) == {("fs",): 201}
     assert values(stats, metrics.STORED_SEGMENTS) == {("kv",): 1, ("encoder",): 1}
     assert values(stats, metrics.STORED_BYTES) == {("kv",): 10, ("encoder",): 10}
-    assert values(stats, metrics.LOOKUPS) == {("cpu", "hit"): 1, ("disk", "hit"): 1}
-    assert values(stats, metrics.REUSED_TOKENS) == {("cpu",): 18, ("disk",): 18}
+    assert values(stats, metrics.LOOKUPS) == {("cpu", "hit"): 1, ("fs", "hit"): 1}
+    assert values(stats, metrics.REUSED_TOKENS) == {("cpu",): 18, ("fs",): 18}
     assert values(stats, metrics.SPARSE_PREFILL_TOKENS) == {(): 24}
 
 
@@ -255,16 +247,16 @@ def test_gauges_are_those_of_the_slowest_rank_whoever_reports(world: World) -> N
     )
     stats = world.statistics.take()
     assert values(stats, metrics.PREFILL_TOKENS_PER_SECOND) == {(): 500.0}
-    assert values(stats, metrics.BREAKER_STATE) == {("disk",): 1}
-    assert values(stats, metrics.TIER_LATENCY_SECONDS) == {("disk",): 0.75}
-    assert values(stats, metrics.TIER_BYTES_PER_SECOND) == {("disk",): 100.0}
+    assert values(stats, metrics.GUARD_STATE) == {("fs",): 1}
+    assert values(stats, metrics.TIER_LATENCY_SECONDS) == {("fs",): 0.75}
+    assert values(stats, metrics.TIER_BYTES_PER_SECOND) == {("fs",): 100.0}
     # A step in which only the fast one has news.
     world.statistics.take_report(StepReport(states={1: state(800.0, "open", 0.25, 50.0)}))
     stats = world.statistics.take()
     assert stats is not None
     assert stats.data == {
-        metrics.BREAKER_STATE.name: {("disk",): 2},
-        metrics.TIER_BYTES_PER_SECOND.name: {("disk",): 50.0},
+        metrics.GUARD_STATE.name: {("fs",): 2},
+        metrics.TIER_BYTES_PER_SECOND.name: {("fs",): 50.0},
     }
 
 
@@ -294,3 +286,11 @@ def test_segments_in_host_memory(world: World) -> None:
     stats = world.statistics.take()
     assert values(stats, metrics.EVICTED_SEGMENTS) == {}
     assert values(stats, metrics.STORED_BYTES) == {("encoder",): 0}
+
+
+def test_how_long_a_load_takes_is_that_of_the_slowest_rank_that_knows(world: World) -> None:
+    assert world.statistics.read_seconds("fs", 100) is None
+    slow, fast = state(latency=0.5, speed=50.0), state(latency=0.25, speed=None)
+    world.statistics.take_report(StepReport(states={0: slow, 1: fast, 2: state(latency=None)}))
+    assert world.statistics.read_seconds("fs", 100) == 2.5
+    assert world.statistics.read_seconds("valkey", 100) is None

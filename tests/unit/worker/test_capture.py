@@ -21,10 +21,12 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
+from tests.helpers.stored import make_engine
 from tests.helpers.unordered_device import Device
 from vlcache_connector.attention import hook
 from vlcache_connector.protocol import CapturePlan, Item, RequestContext, Span, StepPlan
-from vlcache_connector.store import LMCacheSegmentStore, SegmentId
+from vlcache_connector.storage.engine import SegmentEngine
+from vlcache_connector.storage.header import SegmentId
 from vlcache_connector.streams import Side
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker.capture import SegmentCapture
@@ -39,33 +41,35 @@ SHAPE = KVShape(
 )
 
 
-_stores: dict[KVShape, LMCacheSegmentStore] = {}
+_stores: dict[KVShape, SegmentEngine] = {}
 
 
-def make_store(shape: KVShape, side: Side | None = None) -> LMCacheSegmentStore:
+def make_store(shape: KVShape, side: Side | None = None) -> SegmentEngine:
     """A store of 1 MiB."""
-    return LMCacheSegmentStore(
-        "org/model",
-        "print",
-        0,
-        1,
-        1 << 20,
-        shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        kv_dtype=shape.dtype,
-        side=side,
-    )
+    return make_engine(shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.dtype, side=side)
 
 
-def store_of(shape: KVShape) -> LMCacheSegmentStore:
+def store_of(shape: KVShape) -> SegmentEngine:
     """One store for all tests."""
     if shape not in _stores:
         _stores[shape] = make_store(shape)
     return _stores[shape]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_left_half_written() -> Iterator[None]:
+    yield
+    for store in _stores.values():
+        abandon(store)
+
+
+def abandon(store: SegmentEngine) -> None:
+    for writing in list(store._writing.values()):
+        store._give_back(writing)
+
+
 def make_capture(shape: KVShape = SHAPE) -> SegmentCapture:
+    abandon(store_of(shape))  # what the example before did not end
     return SegmentCapture(LAYERS, shape, torch.device("cpu"), store_of(shape).open_kv)
 
 
@@ -382,10 +386,10 @@ def test_cancelling_a_request_gives_up_all_its_items_and_no_others() -> None:
     capture, written = make_capture(), Pass()
     for name, item, slot in (("1", 0, 0), ("1", 1, 1), ("11", 0, 2)):
         expect(capture, name, item, num_tokens=1, offset=0, slots=torch.tensor([slot]))
-    before = store_of(SHAPE).usage().bytes_used
+    before = store_of(SHAPE).bytes_used
     capture.cancel("1")
     assert len(capture) == 1
-    assert store_of(SHAPE).usage().bytes_used < before
+    assert store_of(SHAPE).bytes_used < before
     written.add(1, Span(0, 2), [0, 1])
     written.add(11, Span(5, 6), [2])
     written.write(capture)
@@ -472,12 +476,12 @@ WORKER_SHAPE = KVShape(
 
 
 @pytest.fixture
-def store() -> LMCacheSegmentStore:
+def store() -> SegmentEngine:
     return store_of(WORKER_SHAPE)
 
 
 @pytest.fixture
-def worker(tiny_model: Callable[..., Path], store: LMCacheSegmentStore) -> Iterator[WorkerSide]:
+def worker(tiny_model: Callable[..., Path], store: SegmentEngine) -> Iterator[WorkerSide]:
     """A worker side over attention layers without a model: it can capture, but not compute."""
     shape = WORKER_SHAPE
     hook.install()
@@ -525,7 +529,7 @@ def worker(tiny_model: Callable[..., Path], store: LMCacheSegmentStore) -> Itera
 @pytest.mark.parametrize("failing", [None, 0, 1])
 def test_a_segment_is_stored_only_if_all_its_chunks_were_captured(
     worker: WorkerSide,
-    store: LMCacheSegmentStore,
+    store: SegmentEngine,
     monkeypatch: pytest.MonkeyPatch,
     failing: int | None,
 ) -> None:

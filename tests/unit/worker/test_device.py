@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from vlcache_connector.store import Segment, SegmentId, SegmentInfo
+from vlcache_connector.storage.header import SegmentId
+from vlcache_connector.storage.segment import Segment, SegmentInfo
 from vlcache_connector.streams import Leaving
 from vlcache_connector.worker import device as tier
 from vlcache_connector.worker.device import DeviceSegments

@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.helpers.triton_device import DEVICE, needs_triton
 from vlcache_connector.attention.hook import KVWriteHook, observe_kv_writes
 from vlcache_connector.rope import RotarySpec, delta_angles
-from vlcache_connector.store import Segment, SegmentId, SegmentInfo
+from vlcache_connector.storage.header import SegmentId
+from vlcache_connector.storage.segment import Segment, SegmentInfo
 from vlcache_connector.worker import fused_write
 from vlcache_connector.worker.fused_write import choose_write, obstacle, write_fused
 from vlcache_connector.worker.injection import (

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vlcache_connector.attention.hook import KVWriteHook, observe_kv_writes
 from vlcache_connector.rope import RotarySpec, delta_angles, rotate, shift_keys
-from vlcache_connector.store import Segment, SegmentId, SegmentInfo
+from vlcache_connector.storage.header import SegmentId
+from vlcache_connector.storage.segment import Segment, SegmentInfo
 from vlcache_connector.worker.injection import (
     Injection,
     PlacedSegment,

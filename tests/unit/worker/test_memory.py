@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,6 +26,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> dict[str, int | None]:
     values: dict[str, int | None] = {"limit": None, "usage": None}
     monkeypatch.setattr(memory, "get_cgroup_memory_limit", lambda: values["limit"])
     monkeypatch.setattr(memory, "get_cgroup_memory_usage", lambda: values["usage"])
+    monkeypatch.setattr(memory, "_STATISTICS", ())
     return values
 
 
@@ -97,3 +99,25 @@ def test_device_memory_that_vllm_has_taken_is_refused(
     check_memory(VLCacheConfig(device_bytes=2 * GIB), GIB, CUDA)
     with pytest.raises(ConfigError, match=f"device_bytes={3 * GIB}: vLLM left 2.00 GiB"):
         check_memory(VLCacheConfig(device_bytes=3 * GIB), GIB, CUDA)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("anon 5\ninactive_file 3\nactive_file 9\n", 3),
+        ("inactive_file 3\ntotal_inactive_file 7\n", 7),
+        ("anon 5\n", 0),
+        ("nonsense", 0),
+        (None, 0),
+    ],
+)
+def test_files_that_nobody_reads_are_no_memory_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, expected: int
+) -> None:
+    statistics = tmp_path / "memory.stat"
+    if text is not None:
+        statistics.write_text(text)
+    monkeypatch.setattr(memory, "_STATISTICS", (tmp_path / "absent", statistics))
+    monkeypatch.setattr(memory, "get_cgroup_memory_limit", lambda: 100)
+    monkeypatch.setattr(memory, "get_cgroup_memory_usage", lambda: 60)
+    assert available_host_memory() == 40 + expected

@@ -25,8 +25,8 @@ from vlcache_connector.attention.hook import KVWriteHook
 from vlcache_connector.attention.metadata import Row, slots_of
 from vlcache_connector.protocol import Blend, Item, ItemReuse, ReusePlan, Span, Stage
 from vlcache_connector.rope import RotarySpec
-from vlcache_connector.store import KVWriter, SegmentId
-from vlcache_connector.store.base import Segment, SegmentInfo
+from vlcache_connector.storage.header import SegmentId
+from vlcache_connector.storage.segment import KVWriter, Segment, SegmentInfo
 from vlcache_connector.support import KVShape
 from vlcache_connector.worker.capture import SegmentCapture
 from vlcache_connector.worker.injection import Injection, PlacedSegment, ReusedRows
