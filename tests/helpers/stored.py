@@ -52,7 +52,11 @@ def make_engine(*args: Any, num_bytes: int = MIB, side: Any = None, **kwargs: An
 def adapters_of(
     *specs: Mapping[str, Any], transfer_seconds: float = 3.0, **options: Any
 ) -> list[GuardedConfig]:
-    """Of `l2_adapters` and other options of `VLCacheConfig`; what hangs is given up sooner."""
+    """Of `l2_adapters` and other options of `VLCacheConfig`; what hangs is given up sooner.
+
+    Guards stand lookups of a busy machine, unless a test shortens `fetch_deadline_seconds`.
+    """
+    options = {"fetch_deadline_seconds": 4.0, **options}
     made = open_adapters(
         VLCacheConfig(l2_adapters=list(map(dict, specs)), **options), can_store=True
     )

@@ -122,9 +122,18 @@ def place(tmp_path: Path) -> Iterator[Callable[..., Place]]:
                 pytest.importorskip("glide_sync")
 
             def open_engine(
-                *, key_file: str | None = None, quota: int | None = None, **options: Any
+                *,
+                key_file: str | None = None,
+                quota: int | None = None,
+                deadline: float = 4.0,
+                **options: Any,
             ) -> SegmentEngine:
-                adapters = adapters_of(spec, encryption_key_file=key_file, salt_quota_bytes=quota)
+                adapters = adapters_of(
+                    spec,
+                    encryption_key_file=key_file,
+                    salt_quota_bytes=quota,
+                    fetch_deadline_seconds=deadline,
+                )
                 engine = SegmentEngine(
                     layout(**options), 64 * MIB, adapters, salt_quota_bytes=quota
                 )
@@ -310,7 +319,8 @@ def test_a_stopped_server_fails_lookups_in_time_and_gives_everything_back(
     # What is in memory is not held up.
     engine.load(SegmentId("in memory", "kv"), TOKENS, began + 1)
     assert engine.take_loaded() == [Loaded(SegmentId("in memory", "kv"), is_here=True)]
-    assert fetch(engine, SEGMENT, TOKENS) == "failed"
+    # `valkey` gives up by itself, and says that nothing is there.
+    assert fetch(engine, SEGMENT, TOKENS) in ("failed", "miss")
     assert time.monotonic() - began < 3.0
     below.server.resume()
     until = time.monotonic() + 30
@@ -327,7 +337,7 @@ def test_a_server_that_only_costs_is_left_alone(
 ) -> None:
     below = place(kind)
     assert below.server is not None
-    engine = below.open()
+    engine = below.open(deadline=1.0)
     put_random(engine, SEGMENT, TOKENS, 1)
     forget(engine)
     below.server.kill() if fault == "killed" else below.server.pause()

@@ -23,7 +23,7 @@ LOOKUP_SECONDS = 0.5
 
 def serve(pipe: Connection, params: dict[str, Any]) -> None:
     spec = {"type": "mooncake", **params}
-    configs = adapters_of(spec)
+    configs = adapters_of(spec, fetch_deadline_seconds=2 * LOOKUP_SECONDS)
     engine = SegmentEngine(layout(), 32 * MIB, configs)
     while True:
         question, *rest = pipe.recv()
