@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import ExternalBlockHash
 
 _SECRET_BYTES = 32
-_BODY_BYTES = 28
+_HASH_BYTES = 32
 _TAG_BYTES = 4
-"""At the end of a keyed hash: a digest of as many bytes in front of it. KV events may have no more
-than the last 8 bytes of a hash."""
+"""At the end of a keyed hash that is announced: a digest of as many bytes in front of it. KV events
+may have no more than the last 8 bytes of a hash."""
 
 
 class PrefixFences:
@@ -51,10 +51,12 @@ class PrefixFences:
 
     Args:
         hash_block_size: tokens per block hash.
+        has_events: blocks are announced; `silence` needs to tell the approximate ones then.
     """
 
-    def __init__(self, hash_block_size: int) -> None:
+    def __init__(self, hash_block_size: int, *, has_events: bool = False) -> None:
         self._block_size = hash_block_size
+        self._has_events = has_events
         self._secret = os.urandom(_SECRET_BYTES)
         self._fences: dict[str, _Fence] = {}
 
@@ -170,15 +172,19 @@ class PrefixFences:
         self._fences.pop(req_id, None)
 
     def _key(self, policy: str) -> Callable[[BlockHash], BlockHash]:
-        started = hashlib.blake2b(policy.encode(), digest_size=_BODY_BYTES, key=self._secret)
+        size = _HASH_BYTES - _TAG_BYTES if self._has_events else _HASH_BYTES
+        started = hashlib.blake2b(policy.encode(), digest_size=size, key=self._secret)
 
         def key(exact: BlockHash) -> BlockHash:
             keyed = started.copy()
             keyed.update(exact)
-            body = keyed.digest()
+            return BlockHash(keyed.digest())
+
+        def tagged_key(exact: BlockHash) -> BlockHash:
+            body = key(exact)
             return BlockHash(body + self._tag(body[-_TAG_BYTES:]))
 
-        return key
+        return tagged_key if self._has_events else key
 
 
 @dataclass

@@ -127,7 +127,7 @@ class SchedulerSide:
             )
         self._options = OptionsPolicy(config, shape.num_layers, schedules)
         self_test()
-        self._fences = PrefixFences(hash_block_size)
+        self._fences = PrefixFences(hash_block_size, has_events=announces)
         self._captures: CapturePlanner | None = None
         if can_store and allowed:
             self._captures = CapturePlanner(

@@ -466,7 +466,7 @@ def test_only_exact_blocks_are_announced(
     monkeypatch: pytest.MonkeyPatch, block: int, as_int: str
 ) -> None:
     monkeypatch.setenv("VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES", as_int)
-    manager, fences = make_manager(announces=True), PrefixFences(BLOCK)
+    manager, fences = make_manager(announces=True), PrefixFences(BLOCK, has_events=True)
     request = make_request("fenced")
     fences.raise_at(request, block * BLOCK + 1, POLICY)
     prefill(manager, request)
