@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -144,6 +145,6 @@ def test_what_only_torch_and_other_kernels_need_is_left_out() -> None:
 
 
 def test_own_requirements_are_those_of_the_package() -> None:
-    names = {line.split(">")[0] for line in carry.own_requirements()}
+    names = {re.split("[<=>]", line)[0] for line in carry.own_requirements()}
     assert {"lmcache", "msgpack", "redis", "transformers"} <= names
     assert not names & {"vllm", "torch", "triton"}
