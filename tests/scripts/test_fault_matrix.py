@@ -73,6 +73,9 @@ def store(engine: SegmentEngine, segment: SegmentId) -> bool:
     until = time.monotonic() + 20
     [counts] = wait_for(lambda: ended(engine), until)
     engine.remove(segment)
+    while engine.bytes_used and time.monotonic() < until:  # LMCache may still hold it
+        engine.settle()
+        time.sleep(0.002)
     return counts["valkey.write.bytes"] > 0 and not counts["valkey.store.failed"]
 
 

@@ -449,8 +449,9 @@ def test_nothing_is_left_of_attempts_that_failed(open_pool: OpenPool) -> None:
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         attempt()
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == files
+    # What other tests left may go meanwhile.
+    assert threading.active_count() <= threads
+    assert len(os.listdir("/proc/self/fd")) <= files
 
 
 def test_adapters_that_are_made_at_once_have_their_own_servers(
