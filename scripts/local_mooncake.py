@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from local_process import LocalProcess
 from local_redis import free_port
 
 _START_SECONDS = 20.0
@@ -32,24 +31,13 @@ class MooncakeError(RuntimeError):
     """The master or the node could not be started."""
 
 
-class Master:
-    """A master on 127.0.0.1 and free ports, with its metadata server.
-
-    A context manager; what is started here is ended by its process id.
-    """
+class Master(LocalProcess):
+    """A master on 127.0.0.1 and free ports, with its metadata server."""
 
     def __init__(self, command: str, folder: Path) -> None:
         self._command = command
         self._folder = folder
         self._ports = [free_port() for _ in range(3)]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Master:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
 
     @property
     def params(self) -> dict[str, Any]:
@@ -96,28 +84,9 @@ class Master:
                         raise MooncakeError(f"{self._command} does not answer") from None
                     time.sleep(0.05)
 
-    def kill(self) -> None:
-        """End it without a goodbye; does nothing the second time."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait(timeout=20)
 
-    def pause(self) -> None:
-        """It keeps its connections and answers nothing."""
-        if self._process is not None:
-            os.kill(self._process.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """It goes on."""
-        if self._process is not None:
-            os.kill(self._process.pid, signal.SIGCONT)
-
-
-class MooncakeNode:
+class MooncakeNode(LocalProcess):
     """A node in a process of its own that contributes memory, and nothing else.
-
-    A context manager; what is started here is ended by its process id.
 
     Args:
         params: see `Master.params`.
@@ -127,14 +96,6 @@ class MooncakeNode:
     def __init__(self, params: dict[str, Any], log: Path) -> None:
         self._params = params
         self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> MooncakeNode:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
 
     def start(self) -> None:
         """Start it, and wait until it is a part of the store; does nothing while it runs.
@@ -157,23 +118,6 @@ class MooncakeNode:
                 return
         self.kill()
         raise MooncakeError(f"Mooncake's node ended; see {self._log}")
-
-    def kill(self) -> None:
-        """End it without a goodbye, stopped or not; does nothing the second time."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait(timeout=20)
-
-    def pause(self) -> None:
-        """It keeps its connections and answers nothing."""
-        if self._process is not None:
-            os.kill(self._process.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """It goes on."""
-        if self._process is not None:
-            os.kill(self._process.pid, signal.SIGCONT)
 
 
 def _serve(params: dict[str, Any]) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from local_process import LocalProcess
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -62,11 +61,8 @@ def free_port() -> int:
                 return port
 
 
-class LocalRedis:
+class LocalRedis(LocalProcess):
     """A redis-server on 127.0.0.1 and a free port, which keeps nothing on disk.
-
-    A context manager. What is started here is ended by its process id, in whichever way the block
-    is left.
 
     Args:
         folder: its working directory.
@@ -95,14 +91,6 @@ class LocalRedis:
         self._password = options.get("requirepass")
         separator = " " if sentinel else "-"  # "sentinel monitor", but "cluster-enabled"
         self._options = {name.replace("_", separator): value for name, value in options.items()}
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> LocalRedis:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
 
     @property
     def url(self) -> str:
@@ -153,23 +141,6 @@ class LocalRedis:
                 self.kill()
                 raise RedisError(f"{command} does not answer on port {self.port}")
             time.sleep(0.02)
-
-    def kill(self) -> None:
-        """End it without a goodbye, stopped or not; does nothing the second time."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait(timeout=20)
-
-    def pause(self) -> None:
-        """It keeps its connections and answers nothing."""
-        if self._process is not None:
-            os.kill(self._process.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """It goes on."""
-        if self._process is not None:
-            os.kill(self._process.pid, signal.SIGCONT)
 
     def dump(self) -> dict[bytes, bytes]:
         """All it holds, key -> value in Redis' own form."""
