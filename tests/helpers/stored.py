@@ -137,7 +137,7 @@ def fetch(
         return "late"
     [answer] = answers
     if segment.key not in answer.tiers:
-        return "failed" if answer.has_failed else "skipped" if answer.was_skipped else "miss"
+        return answer.no_answer or "miss"
     engine.load(segment, num_tokens, until)
     ended = wait_for(engine.take_loaded, until)
     if not ended:

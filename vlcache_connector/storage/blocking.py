@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import select
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.internal_api import L1MemoryDesc
 from lmcache.v1.distributed.l2_adapters.factory import create_l2_adapter_from_registry
-from lmcache.v1.platform import consume_fd
 from torch import Tensor
 
+from vlcache_connector.storage.answers import Patience, load_and_wait, store_and_wait, wait_for
 from vlcache_connector.storage.memory import PAGE, aligned, memory_object
 
 if TYPE_CHECKING:
     from lmcache.v1.distributed.l2_adapters.config import L2AdapterConfigBase
-
-Answer = TypeVar("Answer")
 
 
 class BlockingAdapter:
@@ -47,17 +44,9 @@ class BlockingAdapter:
 
     def store(self, objects: Mapping[ObjectKey, Tensor]) -> bool:
         """Whether all of the objects, views of `memory`, are stored now."""
-        adapter = self._adapter
-        task = adapter.submit_store_task(
-            list(objects), [memory_object(view) for view in objects.values()]
-        )
-        answers: dict[int, Any] = {}
-
-        def answer() -> Any:
-            answers.update(adapter.pop_completed_store_tasks())
-            return answers.get(task)
-
-        return bool(self._wait(adapter.get_store_event_fd(), answer).is_successful())
+        memory = [memory_object(view) for view in objects.values()]
+        result = store_and_wait(self._adapter, list(objects), memory, self._patience())
+        return bool(result.is_successful())
 
     def look_up(self, keys: Sequence[ObjectKey]) -> bool:
         """Whether all of the objects are there."""
@@ -65,23 +54,19 @@ class BlockingAdapter:
         layout = MemoryLayoutDesc([torch.Size([1])], [torch.uint8])
         layouts = {key.object_group_id: layout for key in keys}
         task = adapter.submit_lookup_and_lock_task(list(keys), layouts)
-        found = self._wait(
+        found = wait_for(
             adapter.get_lookup_and_lock_event_fd(),
             lambda: adapter.query_lookup_and_lock_result(task),
+            self._patience(),
         ).get_indices_list()
         adapter.submit_unlock([keys[index] for index in found])
         return len(found) == len(keys)
 
     def load(self, objects: Mapping[ObjectKey, Tensor]) -> bool:
         """Read objects into views of `memory`; whether all of them came."""
-        adapter = self._adapter
-        task = adapter.submit_load_task(
-            list(objects), [memory_object(view) for view in objects.values()]
-        )
-        loaded = self._wait(
-            adapter.get_load_event_fd(), lambda: adapter.query_load_result(task)
-        ).get_indices_list()
-        return len(loaded) == len(objects)
+        memory = [memory_object(view) for view in objects.values()]
+        loaded = load_and_wait(self._adapter, list(objects), memory, self._patience())
+        return len(loaded.get_indices_list()) == len(objects)
 
     def delete(self, keys: Sequence[ObjectKey]) -> None:
         """Remove objects, whether they are there or not."""
@@ -97,12 +82,13 @@ class BlockingAdapter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _wait(self, fd: int, answer: Callable[[], Answer | None]) -> Answer:
+    def _patience(self) -> Patience:
         until = time.monotonic() + self._seconds
-        while (found := answer()) is None:
+
+        def patience() -> float:
             left = until - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"no answer within {self._seconds:.0f} s")
-            if select.select([fd], [], [], left)[0]:
-                consume_fd(fd)
-        return found
+            return left
+
+        return patience

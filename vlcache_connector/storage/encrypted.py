@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import select
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lmcache.lmcache_native import Bitmap
@@ -35,10 +34,14 @@ from lmcache.v1.distributed.l2_adapters.factory import (
 )
 from lmcache.v1.distributed.serde.aesgcm import AesGcmDeserializer, AesGcmSerializer
 from lmcache.v1.distributed.serde.key_provider import HkdfKeyProvider
-from lmcache.v1.platform import consume_fd
 
 from vlcache_connector.config import ConfigError
-from vlcache_connector.storage.answers import AnsweringAdapter, TellsLookupErrors
+from vlcache_connector.storage.answers import (
+    AnsweringAdapter,
+    TellsLookupErrors,
+    load_and_wait,
+    store_and_wait,
+)
 from vlcache_connector.storage.layout import LARGEST_OBJECT
 from vlcache_connector.storage.memory import PAGE, aligned, memory_object
 
@@ -48,8 +51,6 @@ if TYPE_CHECKING:
     from lmcache.v1.memory_management import MemoryObj
 
 logger = logging.getLogger(__name__)
-
-Answer = TypeVar("Answer")
 
 _MIN_KEY_BYTES = 32
 _DERIVED_BYTES = 32  # AES-256
@@ -181,7 +182,7 @@ class EncryptedAdapter(AnsweringAdapter):
                     batch = [keys[index] for index in indices]
                     for index, view in zip(indices, views, strict=True):
                         self._serializer.serialize(objects[index], view, keys[index])
-                    result = self._store(batch, views)
+                    result = store_and_wait(self._inner, batch, views, self._patience)
                     num_bytes += result.bytes_transferred()
                     is_whole &= result.is_successful()
             except Exception as error:
@@ -199,7 +200,8 @@ class EncryptedAdapter(AnsweringAdapter):
             bitmap = Bitmap(len(keys))
             try:
                 for indices, views in self._batches(objects, self._load_buffer):
-                    loaded = self._load([keys[index] for index in indices], views)
+                    batch = [keys[index] for index in indices]
+                    loaded = load_and_wait(self._inner, batch, views, self._patience)
                     for position in loaded.get_indices_list():
                         index = indices[position]
                         if self._decrypts(views[position], objects[index], keys[index]):
@@ -250,28 +252,10 @@ class EncryptedAdapter(AnsweringAdapter):
         if indices:
             yield indices, views
 
-    def _store(self, keys: list[ObjectKey], views: list[MemoryObj]) -> L2StoreResult:
-        inner, done = self._inner, dict[int, L2StoreResult]()
-        task_id = inner.submit_store_task(keys, views)
-
-        def answer() -> L2StoreResult | None:
-            done.update(inner.pop_completed_store_tasks())
-            return done.get(task_id)
-
-        return self._wait(inner.get_store_event_fd(), answer)
-
-    def _load(self, keys: list[ObjectKey], views: list[MemoryObj]) -> Bitmap:
-        inner = self._inner
-        task_id = inner.submit_load_task(keys, views)
-        return self._wait(inner.get_load_event_fd(), lambda: inner.query_load_result(task_id))
-
-    def _wait(self, fd: int, answer: Callable[[], Answer | None]) -> Answer:
-        while (found := answer()) is None:
-            if self._closing.is_set():
-                raise RuntimeError("the adapter was closed")
-            if select.select([fd], [], [], _CLOCK_SECONDS)[0]:
-                consume_fd(fd)
-        return found
+    def _patience(self) -> float:
+        if self._closing.is_set():
+            raise RuntimeError("the adapter was closed")
+        return _CLOCK_SECONDS
 
 
 def _create(

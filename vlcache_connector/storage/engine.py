@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lmcache.v1.distributed.storage_manager import StorageManager
     from lmcache.v1.memory_management import MemoryObj
 
+    from vlcache_connector.protocol import NoAnswer
     from vlcache_connector.storage.guarded import GuardedConfig
     from vlcache_connector.storage.tier import Tier
     from vlcache_connector.streams import Pair, Side
@@ -75,14 +76,13 @@ class LookedUp:
     Attributes:
         name: of the lookup.
         tiers: key of a segment -> the nearest tier that has it.
-        was_skipped: a tier was not asked.
-        has_failed: a tier gave no answer in time.
+        no_answer: of a tier that may have more: "failed", it did not answer in time, or else
+            "skipped", it was not asked.
     """
 
     name: str
     tiers: dict[str, str]
-    was_skipped: bool
-    has_failed: bool
+    no_answer: NoAnswer | None
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,7 @@ class _Asked:
     keys: Sequence[ObjectKey]
     tasks: dict[Tier, tuple[int, float]]
     found: dict[Tier, frozenset[int]] = field(default_factory=dict)
-    skipped: bool = False
-    failed: bool = False
+    no_answer: NoAnswer | None = None
 
 
 @dataclass(order=True)
@@ -220,7 +219,6 @@ class SegmentEngine:
         if type(num_bytes) is not int or num_bytes <= 0:
             raise ValueError(f"cpu_bytes must be a positive number of bytes, got {num_bytes!r}")
         self._layout = layout
-        self._num_bytes = num_bytes
         self._side = side
         self._sealer = None
         if side is not None:
@@ -510,7 +508,7 @@ class SegmentEngine:
         asked = _Asked(lookups, keys, {})
         for tier in self._tiers:
             if tier.is_left_alone or tier.adapter is None:
-                asked.skipped = True
+                asked.no_answer = "skipped"
                 continue
             task = tier.adapter.submit_lookup_and_lock_task(list(keys), {})
             asked.tasks[tier] = (task, time.monotonic())
@@ -530,7 +528,7 @@ class SegmentEngine:
                 if found:
                     tier.adapter.submit_unlock([asked.keys[index] for index in found])
                 elif time.monotonic() - since >= tier.lookup_seconds:
-                    asked.failed = True
+                    asked.no_answer = "failed"
             if not asked.tasks:
                 self._asked.remove(asked)
                 ended += self._answers(asked)
@@ -546,7 +544,7 @@ class SegmentEngine:
                 tier = next(having, None)
                 if tier is not None:
                     tiers[segment.key] = tier.name
-            answers.append(LookedUp(look.name, tiers, asked.skipped, asked.failed))
+            answers.append(LookedUp(look.name, tiers, asked.no_answer))
         return answers
 
     def load(self, segment: SegmentId, num_tokens: int, deadline: float) -> None:

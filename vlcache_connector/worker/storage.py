@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from ..identity import check_identity, digest, model_fingerprint
-from ..protocol import Found, Loaded, LoadPlan, LookupPlan, NoAnswer, TierState
+from ..protocol import Found, Loaded, LoadPlan, LookupPlan, TierState
 from ..storage.adapters import encryption_key, open_adapters, require_adapters
 from ..storage.engine import Lookup, SegmentEngine
 from ..storage.header import SegmentId
@@ -148,7 +148,7 @@ class Storage:
             self._device.remove(key)
 
     def look_up(self, plans: Sequence[LookupPlan]) -> None:
-        """Look for segments below host memory; `take_found` tells what there is."""
+        """Look for segments below host memory; `take_answers` tells what there is."""
         lookups = []
         for plan in plans:
             segments = [SegmentId(key, plan.kind) for key in plan.keys]
@@ -156,7 +156,7 @@ class Storage:
         self.engine.look_up(lookups)
 
     def load(self, plan: LoadPlan) -> None:
-        """Bring a segment to host memory; `take_loaded` tells how that went."""
+        """Bring a segment to host memory; `take_answers` tells how that went."""
         deadline = time.monotonic() + plan.seconds_left
         self.engine.load(SegmentId(plan.key, plan.kind), plan.num_tokens, deadline)
 
@@ -169,9 +169,7 @@ class Storage:
         until = time.monotonic() + wait_seconds
         while True:
             found = {
-                answer.name: Found(
-                    1, answer.tiers, "failed" if answer.has_failed else _skipped(answer.was_skipped)
-                )
+                answer.name: Found(1, answer.tiers, answer.no_answer)
                 for answer in self.engine.take_looked_up()
             }
             loaded = {end.id.key: Loaded(1, end.is_here) for end in self.engine.take_loaded()}
@@ -205,14 +203,10 @@ class Storage:
         self.engine.close()
 
 
-def _skipped(was_skipped: bool) -> NoAnswer | None:
-    return "skipped" if was_skipped else None
-
-
-def segment_layout(vllm_config: VllmConfig, rank: int) -> SegmentLayout:
+def _segment_layout(vllm_config: VllmConfig, stored_as: str, rank: int) -> SegmentLayout:
     """How a rank's segments become objects."""
     config, shape, model = config_of(vllm_config), kv_shape(vllm_config), vllm_config.model_config
-    namespace = Namespace(config.deployment, _stored_as(vllm_config))
+    namespace = Namespace(config.deployment, stored_as)
     return SegmentLayout(
         Space(str(namespace), rank, vllm_config.parallel_config.tensor_parallel_size),
         num_layers=shape.num_layers,
@@ -242,7 +236,8 @@ def open_storage(vllm_config: VllmConfig) -> Storage:
     from ..storage.disk import Janitor, check_directory
 
     check_identity(vllm_config, is_loaded=True)
-    logger.info("VLCache: segments are stored as of model %s", _stored_as(vllm_config))
+    stored_as = _stored_as(vllm_config)
+    logger.info("VLCache: segments are stored as of model %s", stored_as)
     config, shape = config_of(vllm_config), kv_shape(vllm_config)
     device = torch.device(current_platform.device_type)
     rank, stores = own_rank(), can_store(vllm_config)
@@ -255,7 +250,7 @@ def open_storage(vllm_config: VllmConfig) -> Storage:
     with taking_turns():
         check_memory(config, budget, device)
         engine = SegmentEngine(
-            segment_layout(vllm_config, rank),
+            _segment_layout(vllm_config, stored_as, rank),
             budget,
             adapters,
             side=side,
